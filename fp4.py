@@ -9,15 +9,15 @@ weight, n by m, and D = dL/dY, l by n:
 
 NVFP4 stores a tensor for such a product in 4.5 bits a value (arXiv 2509.25149, section 2):
 
-    value          E2M1: sign, 2 exponent bits, 1 mantissa bit; 0 .5 1 1.5 2 3 4 6 and negatives
+    value          E2M1: sign, 2 exponent bits, 1 mantissa bit: 0 .5 1 1.5 2 3 4 6 and negatives
     block scale    E4M3, one per 16 consecutive values along the contraction axis
-    tensor scale   FP32, one per tensor, so that the largest block scale is 448, the E4M3 maximum
+    tensor scale   FP32, one per tensor, such that the largest block scale is 448, E4M3's maximum
 
 So one large value costs its 15 neighbours their resolution. In language models large values are
-seldom accidents: the activations of all tokens share a common vector, the mean (arXiv 2603.10444).
-Where a feature's mean is large it sets the scale of its block in every row, and what tells the
-tokens apart is rounded away. The remedy is one subtraction. With mu the mean of X over its tokens
-and nu the mean of D,
+seldom accidents: the activations of all tokens share one vector, their mean (arXiv 2603.10444).
+Where a feature's mean is large it sets the scale of its block in every row, and what tells tokens
+apart is rounded away. The remedy is one subtraction. With mu the mean of X over its tokens and nu
+that of D,
 
     X = 1 mu + R      D = 1 nu + S      (1: the column of l ones; mu, nu: rows)
 
@@ -29,28 +29,29 @@ Only residuals are rounded. The means stay in FP32 and meet the unrounded W: a m
 product, 1/l of the work of the GEMM, and the one place where precision is both cheap and vital,
 since an error there is the same for every token and does not average out.
 
-Further choices, all NVIDIA's recipe: W is rounded in 16 x 16 blocks, so that fprop and dgrad see the
-same numbers; wgrad contracts over tokens, so X and D are rounded a second time, from the original
-values, with blocks along tokens; gradients are rounded stochastically, all else to nearest even.
+The rest is NVIDIA's recipe: W is rounded in 16 x 16 blocks, so that fprop and dgrad see the same
+numbers; for wgrad, which contracts over tokens, X and D are rounded again, from the original values
+and with blocks along tokens; gradients are rounded stochastically, all else to nearest.
 
-Why emulation is exact: E2M1 times E4M3 has at most 6 significant bits and so fits BF16. A BF16 product
-with FP32 accumulation over such values, times the two tensor scales at the end, is NVFP4 arithmetic
-up to the order of the FP32 sums. It cannot be faster than BF16; only FP4 tensor cores can.
+Why emulation is exact: E2M1 times E4M3 has at most 6 significant bits and so fits BF16. A BF16
+product with FP32 accumulation over such values, times the two tensor scales at the end, is NVFP4
+arithmetic up to the order of the FP32 sums. It cannot be faster than BF16; FP4 tensor cores can.
 """
 
-import dataclasses
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 BLOCK = 16
+BLOCKS = ((1, 16), (16, 1), (16, 16))  # along rows, along columns, square
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 FP32_MAX = torch.finfo(torch.float32).max
 
 # ------------------------------------------------------------------------------------------------
-# The number format. Four passes over memory, each a plain function that `fuse` can compile.
+# The number format: four passes over memory, plain functions that `fuse` can compile.
 
 
 def _tile(x, block):
@@ -60,35 +61,34 @@ def _tile(x, block):
 
 
 def _residual(x, low_rank):
-    x = x.float()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x if low_rank is None else x - low_rank[0] * low_rank[1]
 
 
 def _block_amax(x, low_rank, block):
-    """(R/bh, 1, C/bw, 1) FP32: the largest magnitude of each block; NaN where the block holds one."""
+    """The largest magnitude of each block, (R/bh, 1, C/bw, 1) FP32; NaN where a block holds one."""
     return _tile(_residual(x, low_rank), block).abs().amax((1, 3), keepdim=True)
 
 
 def e4m3_round(x):
-    """x >= 0 (FP32, at most 448) rounded to E4M3, ties to even, exactly: 3 mantissa bits, and a
-    spacing of 2^-9 below 2^-6. NaN stays NaN."""
+    """x in [0, 448], FP32, rounded to E4M3, ties to even, exactly: 3 mantissa bits, and below 2^-6
+    a spacing of 2^-9. NaN stays NaN."""
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # x with its mantissa cleared
     spacing = power.clamp(min=2.0**-6) * 2.0**-3
     return torch.round(x / spacing) * spacing
 
 
 def _block_scales(block_amax, headroom):
-    """Block scales, the factors that map a block into [-6, 6], and the tensor scale, all FP32.
+    """Block scales, the factors that map blocks into [-6, 6], and the tensor scale, all FP32.
 
-    Every operation is one FP32 rounding, in the order of NVIDIA's reference quantizer. Divisions are
-    tensor by tensor: PyTorch turns `2688.0 / tensor` into a reciprocal and a product, two roundings.
-    """
+    The operations and their order are NVIDIA's, each one FP32 rounding. Divisions are tensor by
+    tensor: PyTorch turns `2688.0 / tensor` into a reciprocal and a product, two roundings."""
     amax = torch.where(block_amax.isnan(), 0.0, block_amax).amax()  # a NaN marks its block only
     full = torch.full_like(amax, E2M1_MAX * E4M3_MAX)  # 2688
     encode = (full / amax).clamp(max=FP32_MAX)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     scale = block_amax * (encode * (1 / E2M1_MAX))
-    if headroom:  # room for E4M3 rounding the scale down, by up to 1/17: no value then exceeds 6
+    if headroom:  # E4M3 rounds a scale down by up to 1/17; with this no value then exceeds 6
         scale = scale * (17 / 16)
     scale = e4m3_round(scale.clamp(max=E4M3_MAX))
     inverse = (1 / (scale * (1 / encode))).clamp(max=FP32_MAX)
@@ -96,10 +96,9 @@ def _block_scales(block_amax, headroom):
 
 
 def _uniform(shape, seed):
-    """FP32 uniform in [0, 1), 24 bits: a counter-based generator, so that any device draws the same.
-
-    The element's index goes through two rounds of a 32-bit integer hash (lowbias32, C. Wellons,
-    nullprogram.com/blog/2018/07/31), and the seed enters between them."""
+    """FP32 in [0, 1), 24 bits, from a counter: the element's index goes through two rounds of an
+    integer hash (lowbias32, C. Wellons, github.com/skeeto/hash-prospector) and the seed enters
+    between them. So every device and every order of evaluation draws the same."""
     i = torch.arange(shape.numel(), dtype=torch.int32, device=seed.device).view(shape)
     i = (i ^ (i >> 16 & 0xFFFF)) * 0x7FEB352D + seed  # int32 wraps; the mask makes >> logical
     i = (i ^ (i >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
@@ -107,26 +106,27 @@ def _uniform(shape, seed):
 
 
 def _encode(x, low_rank, inverse, block, seed):
-    """4-bit codes, one a byte, in blocks: magnitude 0..7 (seed None: to nearest even), sign in bit 3.
+    """4-bit codes, one a byte, in blocks: sign in bit 3 and magnitude 0..7, to nearest even if seed
+    is None.
 
-    The codes 0..7 of 0 .5 1 1.5 2 3 4 6 are the lower envelope of three lines, min(2a, a + 2, a/2 + 4),
-    whose corners are codes. Rounding each line to even is rounding E2M1 to even."""
+    The codes 0..7 of 0 .5 1 1.5 2 3 4 6 lie on the lower envelope of three lines, min(2a, a + 2,
+    a/2 + 4), whose corners are codes. Rounding each line to even rounds E2M1 to even."""
     y = _tile(_residual(x, low_rank), block) * inverse
     a = torch.where(y.abs() < E2M1_MAX, y.abs(), E2M1_MAX)  # a NaN gets code 7, and a NaN scale
     if seed is None:
         code = torch.minimum(torch.round(2 * a), torch.round(a) + 2)
         code = torch.minimum(code, torch.round(a / 2) + 4)
-    else:  # up with the probability of the distance to the lower code; on a code, never
+    else:  # up with the probability of the distance to the lower code; from a code, never
         exact = torch.minimum(torch.minimum(2 * a, a + 2), a / 2 + 4)
         low = torch.floor(exact)
         code = low + (_tile(_uniform(x.shape, seed), block) < exact - low).float()
-    negative = torch.copysign(torch.ones_like(y), y) < 0  # also for -0.0
+    negative = torch.copysign(torch.ones_like(y), y) < 0  # true for -0.0 too
     return torch.where(negative, code + 8, code).to(torch.uint8)
 
 
 def _decode(codes, scale, block):
-    """Codes (R, C), one a byte, to FP32 values without the tensor scale, in blocks; the inverse of
-    the three lines above is max(c/2, c - 2, 2c - 8)."""
+    """Codes (R, C), one a byte, times block scales, in blocks, FP32. The inverse of the three lines
+    is max(c/2, c - 2, 2c - 8)."""
     codes = _tile(codes, block).to(torch.int32)
     c = (codes & 7).float()
     a = torch.maximum(torch.maximum(c / 2, c - 2), 2 * c - 8)
@@ -135,9 +135,9 @@ def _decode(codes, scale, block):
 
 def _pack(codes, block):
     """Two codes a byte along the contraction axis, the even element in the low nibble."""
-    if block[1] == 1:  # pairs are neighbours in a column
+    if block[1] == 1:  # neighbours in a column
         return codes[0::2] | codes[1::2] << 4
-    pairs = codes.view(torch.int16)  # pairs are neighbours in a row
+    pairs = codes.view(torch.int16)  # neighbours in a row
     return (pairs | pairs >> 4).to(torch.uint8)
 
 
@@ -148,7 +148,7 @@ def _unpack(packed, block):
     return (pairs & 15 | (pairs & 0xF0) << 4).view(torch.uint8)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class NVFP4:
     """A matrix (R, C) in NVFP4.
 
@@ -156,7 +156,7 @@ class NVFP4:
                   contraction axis, the even element in the low nibble
     scales        float8_e4m3fn (R/bh, C/bw)
     tensor_scale  FP32 scalar, amax / 2688
-    block         (bh, bw): (1, 16) along rows, (16, 1) along columns, (16, 16) for weights
+    block         (bh, bw), one of BLOCKS
     rows          R before it was padded to a multiple of bh
     """
 
@@ -166,16 +166,16 @@ class NVFP4:
     block: tuple[int, int]
     rows: int
 
+    def tensors(self):
+        return self.codes, self.scales, self.tensor_scale
+
     def values(self):
-        """(R, C): E2M1 times block scale, without the tensor scale. Exact in BF16, and BF16 on a GPU;
-        FP32 on a CPU."""
+        """E2M1 times block scale, (R, C), without the tensor scale: BF16 on a GPU, FP32 on a CPU,
+        exact in both."""
         scale = self.scales.float()[:, None, :, None]
         v = _decode(_unpack(self.codes, self.block), scale, self.block)
         v = v.flatten(2).flatten(0, 1)[: self.rows]
         return v.bfloat16() if v.is_cuda else v
-
-    def tensors(self):
-        return self.codes, self.scales, self.tensor_scale
 
     def dequantize(self):
         """(R, C) FP32. With an infinite amax, zero stays zero and all else is infinite."""
@@ -183,61 +183,67 @@ class NVFP4:
         return torch.where(v == 0, v, v * self.tensor_scale)
 
 
+@torch.no_grad()
 def quantize(x, *, block=(1, 16), low_rank=None, stochastic=False, seed=None, headroom=False):
     """Round x, or x minus a rank-one matrix, to NVFP4.
 
-    x           (R, C), FP32 or BF16, any strides; C a multiple of bw; R is padded to bh with zeros
-    block       (bh, bw): (1, 16), (16, 1) or (16, 16)
-    low_rank    (left (R, 1), right (1, C)) FP32: quantizes x - left right in the same passes
-    stochastic  round up or down at random, right on average; seed: an int, or an int32 scalar on
-                x's device, drawn from PyTorch's default generator if None
-    headroom    block scales 17/16 larger: without it E4M3 rounds some down, the values that then
-                exceed 6 saturate, and stochastic rounding is biased (slope .9965 on Gaussian data)
+    x           (R, C), FP32 or BF16, any strides; C a multiple of bw; zeros pad R to one of bh
+    block       (bh, bw), one of BLOCKS
+    low_rank    left (R, 1) and right (1, C), FP32: x - left right is quantized, in the same passes
+    stochastic  round up or down at random, right on average; seed: an int, or an int32 scalar
+                tensor, or None for one from PyTorch's default generator
+    headroom    block scales 17/16 larger: else E4M3 rounds some down, values saturate at 6, and
+                stochastic rounding is biased (slope .9965 on Gaussian data)
 
-    A zero tensor or block gives zeros. A NaN makes its block NaN. ValueError for a shape or block
+    Zero tensors and blocks give zeros; a NaN makes its block NaN. ValueError for a shape or block
     that does not fit. Arithmetic: Transformer Engine's reference quantizer, bit for bit."""
-    if block not in ((1, 16), (16, 1), (16, 16)):
-        raise ValueError(f"block {block} is not (1, 16), (16, 1) or (16, 16)")
+    if block not in BLOCKS:
+        raise ValueError(f"block {block} is not one of {BLOCKS}")
     if x.ndim != 2 or x.numel() == 0 or x.shape[1] % block[1]:
-        raise ValueError(f"cannot quantize shape {tuple(x.shape)} in {block} blocks: need a non-empty "
-                         f"matrix whose columns are a multiple of {block[1]}; pad the last axis")
-    rows = x.shape[0]
+        raise ValueError(
+            f"cannot quantize shape {tuple(x.shape)} in {block} blocks: not a matrix, "
+            f"empty, or its columns no multiple of {block[1]}"
+        )
+    x, rows = x.detach(), x.shape[0]  # a plain tensor: one compiled graph for weights and inputs
     if pad := -rows % block[0]:
         x = F.pad(x, (0, 0, 0, pad))
         low_rank = low_rank and (F.pad(low_rank[0], (0, 0, 0, pad)), low_rank[1])
-    if stochastic and not isinstance(seed, torch.Tensor):
-        seed = draw_seeds(1, x.device)[0] if seed is None else torch.tensor(seed, dtype=torch.int32)
-    seed = seed.to(x.device) if stochastic else None
+    if not stochastic:
+        seed = None
+    elif seed is None:
+        (seed,) = _draw_seeds(1, x.device)
+    else:
+        seed = torch.as_tensor(seed, dtype=torch.int32, device=x.device)
     block_amax = _block_amax(x, low_rank, block)
     scale, inverse, tensor_scale = _block_scales(block_amax.flatten(), headroom)
-    scale, inverse = scale.view_as(block_amax), inverse.view_as(block_amax)
-    codes = _encode(x, low_rank, inverse, block, seed).view(x.shape)
-    scale = scale.to(torch.float8_e4m3fn)[:, 0, :, 0]  # exact: it was rounded by e4m3_round
-    return NVFP4(_pack(codes, block), scale, tensor_scale, block, rows)
+    codes = _encode(x, low_rank, inverse.view_as(block_amax), block, seed).view(x.shape)
+    scales = scale.to(torch.float8_e4m3fn).view(len(block_amax), -1)  # exact: e4m3_round was here
+    return NVFP4(_pack(codes, block), scales, tensor_scale, block, rows)
 
 
-def draw_seeds(n, device):
-    """n int32 seeds from PyTorch's default generator of that device: rounding noise behaves like
-    dropout, new at every call and reproducible through torch.manual_seed."""
+def _draw_seeds(n, device):
+    """int32 (n,) from the device's default generator: rounding noise behaves like dropout, new at
+    every call and reproducible through torch.manual_seed."""
     return torch.randint(2**31 - 1, (n,), dtype=torch.int32, device=device)
 
 
 @functools.cache
 def fuse():
-    """Compile the four passes for the CPU, once a process; the bits stay the same. Returns a line that
-    says what runs. Without a working C++ compiler they run as plain PyTorch, about 10 times slower."""
+    """Compile the four passes for the CPU, once a process: the same bits, several times faster.
+    Returns a line that says what runs; without a working C++ compiler that is plain PyTorch."""
     global _block_amax, _block_scales, _encode, _decode
     plain = _block_amax, _block_scales, _encode, _decode
+    torch._dynamo.config.recompile_limit = 64  # one graph per block, with or without a mean, ...
+    options = {"cpp.vec_isa_ok": True}  # trust the CPU's flags, which saves 9 s of trial builds
     _block_amax, _block_scales, _encode, _decode = (
-        torch.compile(f, dynamic=True, options={"cpp.vec_isa_ok": True})  # skips 9 s of trial builds
-        for f in plain
+        torch.compile(f, dynamic=True, options=options) for f in plain
     )
     try:
-        _block_scales(torch.ones(BLOCK), False)
-    except Exception as error:  # the compiler's own errors have no common type
+        quantize(torch.ones(32, 32), block=(16, 16))
+    except Exception as error:  # compiler errors have no common type
         _block_amax, _block_scales, _encode, _decode = plain
         reason = str(error).strip().splitlines()[0]
-        return f"FP4 passes: plain PyTorch, slow; no working C++ compiler ({reason})"
+        return f"FP4 passes: plain PyTorch, slow, for want of a working C++ compiler ({reason})"
     return "FP4 passes: fused by torch.compile"
 
 
@@ -245,19 +251,21 @@ def fuse():
 # The recipes: what is taken off a tensor before it is rounded, and what becomes of that part.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Recipe:
-    """How a linear layer computes its three GEMMs. The first line is NVIDIA's recipe less Hadamard."""
+    """How a linear layer computes its three GEMMs; the default is vanilla NVFP4."""
 
-    fp4: bool = True  # False: BF16 operands, nothing else applies
+    format: str = "nvfp4"  # of the operands; with bf16 or fp32 nothing else applies
     split: str = "none"  # rank-one part of X and D kept out of the rounding: none, mean or svd
     fp4_mean: bool = False  # round that part's row (mu, nu) to NVFP4 too
     fp4_mean_weight: bool = False  # multiply it with the rounded W instead of W
     cross_terms: bool = False  # wgrad's mixed terms; zero for means before rounding, noise after
-    hadamard: bool = False  # rotate both operands of wgrad along tokens before rounding
+    hadamard: bool = False  # rotate both operands of wgrad along tokens first
     headroom: bool = False  # unbiased stochastic rounding, see `quantize`
 
     def __post_init__(self):
+        if self.format not in ("nvfp4", "bf16", "fp32"):
+            raise ValueError(f"format {self.format!r} is not nvfp4, bf16 or fp32")
         if self.split not in ("none", "mean", "svd"):
             raise ValueError(f"split {self.split!r} is not none, mean or svd")
         if self.hadamard and self.cross_terms:
@@ -265,7 +273,8 @@ class Recipe:
 
 
 RECIPES = {
-    "bf16": Recipe(fp4=False),
+    "fp32": Recipe(format="fp32"),
+    "bf16": Recipe(format="bf16"),
     "fp4": Recipe(),
     "fp4_mean": Recipe(split="mean"),
     # arXiv 2603.10444, Eqs. 11 and 12 to the letter
@@ -277,10 +286,10 @@ RECIPES = {
 
 
 def split_off(x, how):
-    """The rank-one part of x (l, m): left (l, 1), right (1, m), such that x = left right + residual.
+    """The rank-one part of x (l, m), FP32: left (l, 1), right (1, m); x = left right + residual.
 
-    mean: left is all ones, right the mean over tokens. svd: the leading singular direction, by power
-    iteration from the longest row."""
+    mean: left is all ones, right the mean over tokens. svd: the leading singular direction, by
+    power iteration from the longest row."""
     if how == "none":
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -305,8 +314,8 @@ def _hadamard_matrix(dtype, device):
 
 
 def rotate_tokens(x):
-    """x (l, m) -> (l padded to 16, m): every 16 tokens times the same random Hadamard matrix. Both
-    operands of wgrad get it, so it cancels in their product."""
+    """x (l, m) -> (l padded to 16, m): every 16 tokens times one Hadamard matrix with random signs.
+    Both operands of wgrad get it, so it cancels in their product."""
     x = F.pad(x, (0, 0, 0, -len(x) % BLOCK)).unflatten(0, (-1, BLOCK))
     return (_hadamard_matrix(x.dtype, x.device) @ x).flatten(0, 1)
 
@@ -320,8 +329,8 @@ def _bf16(x):
 
 
 def _mm(a, b):
-    """a @ b of operands exact in BF16; FP32 accumulation and result. On a CPU the arithmetic is FP32:
-    the same products, and without BF16 units about 300 times faster."""
+    """a @ b of operands exact in BF16, FP32 accumulation and result. On a CPU the arithmetic is
+    FP32: the same products, and without BF16 units about 300 times faster."""
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     dtype = torch.promote_types(a.dtype, torch.float32)
@@ -348,8 +357,7 @@ class _LinearBF16(torch.autograd.Function):
 def _wgrad_operand(x, low_rank, recipe, **rounding):
     """NVFP4 of x less its rank-one part, with blocks along tokens."""
     if recipe.hadamard:
-        residual = x.float() if low_rank is None else x - low_rank[0] * low_rank[1]
-        x, low_rank = rotate_tokens(residual), None
+        x, low_rank = rotate_tokens(_residual(x, low_rank)), None
     return quantize(x, block=(16, 1), low_rank=low_rank, **rounding)
 
 
@@ -368,7 +376,7 @@ class _LinearFP4(torch.autograd.Function):
         if x_low:
             left, mu = x_low
             row = left, quantize(mu).dequantize() if recipe.fp4_mean else mu
-            y.addcmul_(left, row[1] @ _mean_weight(w, w_q, recipe).t())
+            y.addcmul_(left, row[1] @ (w_q.dequantize() if recipe.fp4_mean_weight else w).t())
 
         if keep:  # of x, backward gets 4.5 bits a value and the mean
             x_q = _wgrad_operand(x, x_low, recipe)
@@ -384,7 +392,7 @@ class _LinearFP4(torch.autograd.Function):
         w_q = NVFP4(*saved[:3], (16, 16), len(w))
         x_q = NVFP4(*saved[3:6], (16, 1), ctx.rows)
         d_low = split_off(d, recipe.split)
-        seeds = draw_seeds(3, d.device)
+        seeds = _draw_seeds(3, d.device)
         rounding = {"stochastic": True, "headroom": recipe.headroom}
         if d_low:
             (left_x, mu), (left_d, nu) = saved[6:], d_low
@@ -395,7 +403,7 @@ class _LinearFP4(torch.autograd.Function):
         d_q = quantize(d, low_rank=d_low, seed=seeds[0], **rounding)
         dx = _mm(d_q.values(), w_q.values()).mul_(d_q.tensor_scale * w_q.tensor_scale)
         if d_low:
-            dx.addcmul_(left_d, nu @ _mean_weight(w, w_q, recipe))
+            dx.addcmul_(left_d, nu @ (w_q.dequantize() if recipe.fp4_mean_weight else w))
 
         # ------------ wgrad: dW (n, m) = nu' (left_d' left_x) mu + S~' R~ ------------
         d_q = _wgrad_operand(d, d_low, recipe, seed=seeds[1], **rounding)
@@ -408,28 +416,28 @@ class _LinearFP4(torch.autograd.Function):
         return dx.to(d.dtype), dw, None, None
 
 
-def _mean_weight(w, w_q, recipe):
-    return w_q.dequantize() if recipe.fp4_mean_weight else w.to(torch.promote_types(w.dtype, torch.float32))
-
-
 class FP4Linear(torch.nn.Linear):
     """`nn.Linear` (..., in_features) -> (..., out_features) whose three GEMMs follow a recipe.
 
-    recipe: a name in RECIPES or a Recipe. The weight stays in its own dtype (FP32 master weights); the
-    output has the input's. ValueError where features do not divide into blocks of 16. Rounding noise
-    comes from PyTorch's default generator in backward."""
+    recipe: a Recipe or its name in RECIPES. Weights are FP32; inputs FP32 or BF16, and the output
+    has the input's dtype. ValueError where features are no multiple of 16. Rounding noise comes
+    from PyTorch's default generator, in backward."""
 
     def __init__(self, in_features, out_features, bias=True, recipe="fp4_mean", **kwargs):
         super().__init__(in_features, out_features, bias, **kwargs)
         self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-        if self.recipe.fp4 and (in_features % BLOCK or out_features % BLOCK):
-            raise ValueError(f"FP4Linear({in_features}, {out_features}): both must be multiples of {BLOCK}, "
-                             "the block size; change the width or keep this layer in bf16")
+        if self.recipe.format == "nvfp4" and (in_features % BLOCK or out_features % BLOCK):
+            raise ValueError(
+                f"FP4Linear({in_features}, {out_features}): both must be multiples of "
+                f"{BLOCK}; change the width or keep this layer in bf16"
+            )
 
     def forward(self, x):
-        gemms = _LinearFP4 if self.recipe.fp4 else _LinearBF16
-        y = gemms.apply(x.reshape(-1, self.in_features), self.weight, self.recipe, torch.is_grad_enabled())
-        y = y.view(*x.shape[:-1], self.out_features)
+        if self.recipe.format == "fp32":
+            return super().forward(x)
+        gemms = _LinearFP4 if self.recipe.format == "nvfp4" else _LinearBF16
+        tokens, keep = x.reshape(-1, self.in_features), torch.is_grad_enabled()
+        y = gemms.apply(tokens, self.weight, self.recipe, keep).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self):
@@ -437,13 +445,11 @@ class FP4Linear(torch.nn.Linear):
 
 
 def convert(model, recipe="fp4_mean", keep=("lm_head",)):
-    """Replace every nn.Linear of a model, in place, by an FP4Linear that shares its parameters. keep:
-    names, or last parts of names, of modules that stay as they are. Returns the model."""
-    for name, module in list(model.named_modules()):
-        for child, linear in list(module.named_children()):
-            full = f"{name}.{child}".lstrip(".")
-            if type(linear) is torch.nn.Linear and not full.endswith(tuple(keep)):
-                new = FP4Linear(linear.in_features, linear.out_features, linear.bias is not None, recipe, device="meta")
-                new.weight, new.bias = linear.weight, linear.bias
-                setattr(module, child, new)
+    """Replace every nn.Linear in a model by an FP4Linear with the same parameters, but for those
+    whose names end in one of keep. Returns the model."""
+    for name, old in list(model.named_modules()):
+        if type(old) is torch.nn.Linear and not name.endswith(tuple(keep)):
+            new = FP4Linear(old.in_features, old.out_features, False, recipe, device="meta")
+            new.weight, new.bias = old.weight, old.bias
+            model.set_submodule(name, new)
     return model

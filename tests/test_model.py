@@ -1,0 +1,168 @@
+"""The model against transformers' Qwen3, the KV cache against none, and the presets."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import fp4
+from model import GPT, ModelConfig
+from train import PRESETS
+
+TINY = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "head_dim": 16, "dim": 48, "ffn_dim": 80}
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return GPT(ModelConfig(**{**TINY, "precision": "fp32", **changes}))
+
+
+def from_qwen3(theirs, n_layer):
+    """A Qwen3ForCausalLM's weights under our names."""
+    ours = {
+        "embedding.weight": theirs["model.embed_tokens.weight"],
+        "norm.weight": theirs["model.norm.weight"],
+        "head.weight": theirs["lm_head.weight"],
+    }
+    for i in range(n_layer):
+        a, b = f"model.layers.{i}.", f"blocks.{i}."
+        join = lambda *names, a=a: torch.cat([theirs[f"{a}{name}_proj.weight"] for name in names])  # noqa: E731
+        ours |= {
+            b + "attention_norm.weight": theirs[a + "input_layernorm.weight"],
+            b + "ffn_norm.weight": theirs[a + "post_attention_layernorm.weight"],
+            b + "attention.q_norm.weight": theirs[a + "self_attn.q_norm.weight"],
+            b + "attention.k_norm.weight": theirs[a + "self_attn.k_norm.weight"],
+            b + "attention.qkv.weight": join("self_attn.q", "self_attn.k", "self_attn.v"),
+            b + "attention.out.weight": join("self_attn.o"),
+            b + "ffn.gate_up.weight": join("mlp.gate", "mlp.up"),
+            b + "ffn.down.weight": join("mlp.down"),
+        }
+    return ours
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_and_gradients_equal_qwen3(tied):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=32,
+            rope_theta=1e6, tie_word_embeddings=tied, initializer_range=0.2,
+        )
+    )  # fmt: skip
+    for p in theirs.parameters():
+        if p.ndim == 1:
+            p.data.normal_(1, 0.3)
+    ours = tiny(tied=tied, rope_theta=1e6)
+    ours.load_state_dict(from_qwen3(theirs.state_dict(), 2))
+    tokens = torch.randint(97, (3, 32))
+    expected = theirs(tokens).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(ours(tokens), expected, atol=1e-4, rtol=0)
+
+    ours(tokens[:, :-1], tokens[:, 1:]).backward()
+    theirs(tokens, labels=tokens).loss.backward()
+    for mine, other in (
+        (ours.embedding, theirs.model.embed_tokens),
+        (ours.blocks[0].attention.out, theirs.model.layers[0].self_attn.o_proj),
+        (ours.blocks[1].ffn.down, theirs.model.layers[1].mlp.down_proj),
+        (ours.blocks[0].attention.q_norm, theirs.model.layers[0].self_attn.q_norm),
+    ):
+        torch.testing.assert_close(mine.weight.grad, other.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_cached_generation_equals_recomputation():
+    model = tiny()
+    for p in model.parameters():
+        p.data.mul_(10 if p.ndim == 2 else 1)  # so that logits differ enough to choose by
+    tokens = torch.randint(97, (2, 5))
+    expected = tokens
+    for _ in range(20):
+        expected = torch.cat((expected, model(expected)[:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(model.generate(tokens, 20, temperature=0), expected)
+
+
+def test_generation_past_the_context_and_its_seed():
+    model = tiny()
+    run = lambda seed: model.generate(  # noqa: E731
+        torch.zeros(1, 1, dtype=torch.long), 50, generator=torch.Generator().manual_seed(seed)
+    )
+    assert run(1).shape == (1, 51)
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+    assert run(1).max() < 97
+
+
+def test_top_k_of_one_is_the_likeliest():
+    model, tokens = tiny(), torch.randint(97, (1, 4))
+    greedy = model.generate(tokens, 8, temperature=0)
+    assert torch.equal(model.generate(tokens, 8, temperature=5.0, top_k=1), greedy)
+
+
+def test_attention_is_causal():
+    model = tiny()
+    tokens = torch.randint(97, (1, 32))
+    changed = tokens.clone()
+    changed[0, 20:] = (changed[0, 20:] + 1) % 97
+    a, b = model(tokens), model(changed)
+    assert torch.equal(a[:, :20], b[:, :20]) and not torch.equal(a[:, 20:], b[:, 20:])
+
+
+def test_every_block_linear_follows_the_precision_except_the_last_n_blocks():
+    model = tiny(precision="fp4_mean", bf16_blocks=1, n_layer=3)
+    formats = [
+        {m.recipe.format for m in block.modules() if isinstance(m, fp4.FP4Linear)}
+        for block in model.blocks
+    ]
+    assert formats == [{"nvfp4"}, {"nvfp4"}, {"bf16"}]
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert [m for m in linears if not isinstance(m, fp4.FP4Linear)] == [model.head]
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_head": 3}, {"head_dim": 15}, {"n_kv_head": 0}, {"bf16_blocks": 3}]
+)
+def test_bad_shapes_are_named(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        tiny(**change)
+
+
+def test_initial_weights_come_from_the_generator_alone():
+    weights = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = GPT(ModelConfig(**TINY), torch.Generator().manual_seed(7))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    tokens = torch.randint(97, (8, 33))
+    loss = tiny()(tokens[:, :-1], tokens[:, 1:])
+    assert abs(loss.item() - torch.tensor(97.0).log().item()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocabulary", "millions"),
+    [
+        ("nano", 4096, 4.2),
+        ("small", 4096, 27.3),
+        ("124m", 50304, 123.6),
+        ("qwen3-0.6b", 151936, 596.0),
+    ],
+)
+def test_presets_have_the_size_in_their_name(preset, vocabulary, millions):
+    values = json.loads((PRESETS / f"{preset}.json").read_text())
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    config = ModelConfig(**{k: v for k, v in values.items() if k in names}, vocab_size=vocabulary)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_flops_are_six_a_matrix_parameter_and_attention():
+    model = tiny(tied=False)
+    blocks = 2 * (48 * (4 + 2 + 2) * 16 + 64 * 48 + 3 * 48 * 80)
+    assert model.flops_per_token() == 6 * (blocks + 97 * 48) + 12 * 2 * 4 * 16 * 32
