@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 BLOCK = 16
-BLOCKS = ((1, 16), (16, 1), (16, 16))  # along rows, along columns, square
+BLOCKS = {(1, 16): (2,), (16, 1): (1,), (16, 16): (1, 3)}  # and a block's axes in `_tile`
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 FP32_MAX = torch.finfo(torch.float32).max
 
@@ -55,9 +55,9 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 
 def _tile(x, block):
-    """A view of x (R, C) as blocks: (R/bh, bh, C/bw, bw)."""
-    bh, bw = (BLOCK if b == BLOCK else 1 for b in block)  # constants, also to torch.compile
-    return x.unflatten(1, (-1, bw)).unflatten(0, (-1, bh))
+    """A view of x (R, C) in blocks: (R, C/16, 16), (R/16, 16, C) or (R/16, 16, C/16, 16)."""
+    x = x.unflatten(1, (-1, BLOCK)) if block[1] == BLOCK else x
+    return x.unflatten(0, (-1, BLOCK)) if block[0] == BLOCK else x
 
 
 def _residual(x, low_rank):
@@ -66,8 +66,8 @@ def _residual(x, low_rank):
 
 
 def _block_amax(x, low_rank, block):
-    """The largest magnitude of each block, (R/bh, 1, C/bw, 1) FP32; NaN where a block holds one."""
-    return _tile(_residual(x, low_rank), block).abs().amax((1, 3), keepdim=True)
+    """The largest magnitude of each block, FP32, with a block's axes kept; NaN if it holds one."""
+    return _tile(_residual(x, low_rank), block).abs().amax(BLOCKS[block], keepdim=True)
 
 
 def e4m3_round(x):
@@ -95,31 +95,35 @@ def _block_scales(block_amax, headroom):
     return scale, inverse, amax / full
 
 
-def _uniform(shape, seed):
-    """FP32 in [0, 1), 24 bits, from a counter: the element's index goes through two rounds of an
-    integer hash (lowbias32, C. Wellons, github.com/skeeto/hash-prospector) and the seed enters
-    between them. So every device and every order of evaluation draws the same."""
-    i = torch.arange(shape.numel(), dtype=torch.int32, device=seed.device).view(shape)
-    i = (i ^ (i >> 16 & 0xFFFF)) * 0x7FEB352D + seed  # int32 wraps; the mask makes >> logical
+def _hash(i):
+    """int32 -> int32: lowbias32 (C. Wellons, github.com/skeeto/hash-prospector)."""
+    i = (i ^ (i >> 16 & 0xFFFF)) * 0x7FEB352D  # int32 wraps; the mask makes >> logical
     i = (i ^ (i >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
-    return ((i ^ (i >> 16 & 0xFFFF)) & 0xFFFFFF).float() * 2.0**-24
+    return i ^ (i >> 16 & 0xFFFF)
 
 
-def _encode(x, low_rank, inverse, block, seed):
-    """4-bit codes, one a byte, in blocks: sign in bit 3 and magnitude 0..7, to nearest even if seed
+def _uniform(shape, key):
+    """FP32 in [0, 1), 24 bits, each a hash of its element's index and the key: every device and
+    every order of evaluation draws the same."""
+    i = torch.arange(shape.numel(), dtype=torch.int32, device=key.device).view(shape)
+    return (_hash(i ^ key) & 0xFFFFFF).float() * 2.0**-24
+
+
+def _encode(x, low_rank, inverse, block, key):
+    """4-bit codes, one a byte, in blocks: sign in bit 3 and magnitude 0..7, to nearest even if key
     is None.
 
     The codes 0..7 of 0 .5 1 1.5 2 3 4 6 lie on the lower envelope of three lines, min(2a, a + 2,
     a/2 + 4), whose corners are codes. Rounding each line to even rounds E2M1 to even."""
     y = _tile(_residual(x, low_rank), block) * inverse
     a = torch.where(y.abs() < E2M1_MAX, y.abs(), E2M1_MAX)  # a NaN gets code 7, and a NaN scale
-    if seed is None:
+    if key is None:
         code = torch.minimum(torch.round(2 * a), torch.round(a) + 2)
-        code = torch.minimum(code, torch.round(a / 2) + 4)
+        code = torch.minimum(code, torch.round(0.5 * a) + 4)
     else:  # up with the probability of the distance to the lower code; from a code, never
-        exact = torch.minimum(torch.minimum(2 * a, a + 2), a / 2 + 4)
+        exact = torch.minimum(torch.minimum(2 * a, a + 2), 0.5 * a + 4)
         low = torch.floor(exact)
-        code = low + (_tile(_uniform(x.shape, seed), block) < exact - low).float()
+        code = low + (_tile(_uniform(x.shape, key), block) < exact - low).float()
     negative = torch.copysign(torch.ones_like(y), y) < 0  # true for -0.0 too
     return torch.where(negative, code + 8, code).to(torch.uint8)
 
@@ -129,7 +133,7 @@ def _decode(codes, scale, block):
     is max(c/2, c - 2, 2c - 8)."""
     codes = _tile(codes, block).to(torch.int32)
     c = (codes & 7).float()
-    a = torch.maximum(torch.maximum(c / 2, c - 2), 2 * c - 8)
+    a = torch.maximum(torch.maximum(0.5 * c, c - 2), 2 * c - 8)
     return torch.where(codes > 7, -a, a) * scale
 
 
@@ -137,7 +141,7 @@ def _pack(codes, block):
     """Two codes a byte along the contraction axis, the even element in the low nibble."""
     if block[1] == 1:  # neighbours in a column
         return codes[0::2] | codes[1::2] << 4
-    pairs = codes.view(torch.int16)  # neighbours in a row
+    pairs = codes.contiguous().view(torch.int16)  # neighbours in a row
     return (pairs | pairs >> 4).to(torch.uint8)
 
 
@@ -172,9 +176,11 @@ class NVFP4:
     def values(self):
         """E2M1 times block scale, (R, C), without the tensor scale: BF16 on a GPU, FP32 on a CPU,
         exact in both."""
-        scale = self.scales.float()[:, None, :, None]
-        v = _decode(_unpack(self.codes, self.block), scale, self.block)
-        v = v.flatten(2).flatten(0, 1)[: self.rows]
+        scale = self.scales.float()
+        for axis in BLOCKS[self.block]:
+            scale = scale.unsqueeze(axis)
+        codes = _unpack(self.codes, self.block)
+        v = _decode(codes, scale, self.block).view(codes.shape)[: self.rows]
         return v.bfloat16() if v.is_cuda else v
 
     def dequantize(self):
@@ -198,7 +204,7 @@ def quantize(x, *, block=(1, 16), low_rank=None, stochastic=False, seed=None, he
     Zero tensors and blocks give zeros; a NaN makes its block NaN. ValueError for a shape or block
     that does not fit. Arithmetic: Transformer Engine's reference quantizer, bit for bit."""
     if block not in BLOCKS:
-        raise ValueError(f"block {block} is not one of {BLOCKS}")
+        raise ValueError(f"block {block} is not one of {list(BLOCKS)}")
     if x.ndim != 2 or x.numel() == 0 or x.shape[1] % block[1]:
         raise ValueError(
             f"cannot quantize shape {tuple(x.shape)} in {block} blocks: not a matrix, "
@@ -208,15 +214,13 @@ def quantize(x, *, block=(1, 16), low_rank=None, stochastic=False, seed=None, he
     if pad := -rows % block[0]:
         x = F.pad(x, (0, 0, 0, pad))
         low_rank = low_rank and (F.pad(low_rank[0], (0, 0, 0, pad)), low_rank[1])
-    if not stochastic:
-        seed = None
-    elif seed is None:
-        (seed,) = _draw_seeds(1, x.device)
-    else:
-        seed = torch.as_tensor(seed, dtype=torch.int32, device=x.device)
+    key = None
+    if stochastic:
+        seed = _draw_seeds(1, x.device)[0] if seed is None else seed
+        key = _hash(torch.as_tensor(seed, dtype=torch.int32, device=x.device))
     block_amax = _block_amax(x, low_rank, block)
     scale, inverse, tensor_scale = _block_scales(block_amax.flatten(), headroom)
-    codes = _encode(x, low_rank, inverse.view_as(block_amax), block, seed).view(x.shape)
+    codes = _encode(x, low_rank, inverse.view_as(block_amax), block, key).view(x.shape)
     scales = scale.to(torch.float8_e4m3fn).view(len(block_amax), -1)  # exact: e4m3_round was here
     return NVFP4(_pack(codes, block), scales, tensor_scale, block, rows)
 
@@ -234,7 +238,7 @@ def fuse():
     global _block_amax, _block_scales, _encode, _decode
     plain = _block_amax, _block_scales, _encode, _decode
     torch._dynamo.config.recompile_limit = 64  # one graph per block, with or without a mean, ...
-    options = {"cpp.vec_isa_ok": True}  # trust the CPU's flags, which saves 9 s of trial builds
+    options = {"cpp.vec_isa_ok": True, "realize_opcount_threshold": 100}
     _block_amax, _block_scales, _encode, _decode = (
         torch.compile(f, dynamic=True, options=options) for f in plain
     )

@@ -295,16 +295,19 @@ def test_gaussian_error():
 # Stochastic rounding
 
 
-def uniform(n, seed):
-    """lowbias32 on unsigned integers, the seed after its first multiplication."""
-    i = np.arange(n, dtype=np.uint32)
-    i = (i ^ i >> np.uint32(16)) * np.uint32(0x7FEB352D) + np.uint32(seed % 2**32)
+def lowbias32(i):
+    i = (i ^ i >> np.uint32(16)) * np.uint32(0x7FEB352D)
     i = (i ^ i >> np.uint32(15)) * np.uint32(0x846CA68B)
-    return ((i ^ i >> np.uint32(16)) & np.uint32(0xFFFFFF)).astype(np.float32) / 2**24
+    return i ^ i >> np.uint32(16)
+
+
+def uniform(n, seed):
+    i = lowbias32(np.arange(n, dtype=np.uint32) ^ lowbias32(np.array([seed % 2**32], np.uint32)))
+    return (i & np.uint32(0xFFFFFF)).astype(np.float32) / 2**24
 
 
 def draw(n, seed):
-    return fp4._uniform(torch.Size((n,)), torch.tensor(seed, dtype=torch.int32))
+    return fp4._uniform(torch.Size((n,)), fp4._hash(torch.tensor(seed, dtype=torch.int32)))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**31 - 1, -1, -(2**31)])
