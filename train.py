@@ -66,12 +66,17 @@ class Config(ModelConfig):
 
     def check(self):
         super().check()
-        least = {"max_steps": 1, "batch_size": 1, "grad_accum": 1, "eval_interval": 1}
-        for name, low in (
-            least | {"eval_windows": 1, "log_interval": 1, "warmup_steps": 0}
-        ).items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} {getattr(self, name)} is less than {low}")
+        for name in (
+            "max_steps",
+            "batch_size",
+            "grad_accum",
+            "block_size",
+            "eval_interval",
+            "eval_windows",
+            "log_interval",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is less than 1")
 
 
 def parse(argv):
@@ -127,14 +132,11 @@ def read_config(path):
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path}: {error}") from None
     types = {f.name: f.type for f in dataclasses.fields(Config)}
-    for name, value in values.items() if isinstance(values, dict) else [("", values)]:
-        kind = types.get(name)
-        if not (type(value) is kind or (kind is float and type(value) is int)):
-            raise RunError(
-                f"{path}: {name!r}: {value!r} is not a {kind.__name__}"
-                if kind
-                else f"{path}: unknown name {name!r}"
-            )
+    for name, value in values.items() if isinstance(values, dict) else [(None, values)]:
+        if name not in types:
+            raise RunError(f"{path}: unknown name {name!r}")
+        if type(value) is not types[name] and (types[name], type(value)) != (float, int):
+            raise RunError(f"{path}: {name} {value!r} is not a {types[name].__name__}")
     return values
 
 
@@ -192,13 +194,12 @@ def evaluate(model, tokens, config, world):
     """Mean loss in nats over fixed, evenly spaced windows, in batches of the training size."""
     last = tokens.windows(config.block_size + 1) - 1
     starts = torch.linspace(0, last, config.eval_windows, dtype=torch.float64).long()
-    total, count = torch.zeros((), device=world.device), 0
+    total = torch.zeros((), device=world.device)
     for chunk in starts.split(max(config.batch_size // config.grad_accum, world.size)):
         mine = world.share(chunk)
         if len(mine):
             total += model(*batch(tokens, mine, config, world.device)) * len(mine)
-    count = len(starts)
-    return world.mean(total) * world.size / count
+    return world.mean(total) * world.size / len(starts)
 
 
 def learning_rate(step, config):
@@ -327,9 +328,9 @@ def train(config, resume):
         f"{config.precision} on {world.size} x {name}: {parameters / 1e6:.2f} M parameters, "
         f"{config.dataset} {len(train_tokens):,} tokens, {tokens_per_step:,} a step"
     )
-    if device.type == "cpu" and "fp4" in config.precision:
+    if device.type == "cpu" and fp4.RECIPES[config.precision].format == "nvfp4":
         world.print(fp4.fuse())
-    raw, forward = model, torch.compile(model) if config.compile else model
+    forward = torch.compile(model) if config.compile else model
     if world.size > 1:
         forward = DistributedDataParallel(
             forward, device_ids=[device] if device.type == "cuda" else None
@@ -349,7 +350,7 @@ def train(config, resume):
                     "format": CHECKPOINT_FORMAT,
                     "step": step,
                     "config": dataclasses.asdict(config),
-                    "model": raw.state_dict(),
+                    "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                 },
             )
@@ -357,7 +358,7 @@ def train(config, resume):
     interrupted = []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: interrupted.append(True))
-    began, spent, first = time.monotonic(), 0.0, step
+    began, times = time.monotonic(), []
     while True:
         stop = world.mean(torch.tensor(float(bool(interrupted)), device=device)) > 0
         if stop or step % config.eval_interval == 0 or step == config.max_steps:
@@ -398,17 +399,16 @@ def train(config, resume):
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        took = time.monotonic() - tick
-        spent += took
-        log(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=took)
+        times.append(time.monotonic() - tick)
+        log(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=times[-1])
         step += 1
         if step % config.log_interval == 0:
-            rate = tokens_per_step * (step - first) / spent
-            mfu = f"  mfu {flops_per_step * (step - first) / spent / peak:.1%}" if peak else ""
-            eta = (config.max_steps - step) * spent / (step - first)
+            pace = np.median(times[-50:])  # seconds; the median forgets compilation
+            mfu = f"  mfu {flops_per_step / pace / peak:.1%}" if peak else ""
             world.print(
                 f"step {step:6d}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
-                f"{rate:,.0f} tokens/s{mfu}  {eta:.0f} s left"
+                f"{tokens_per_step / pace:,.0f} tokens/s{mfu}  "
+                f"{(config.max_steps - step) * pace:.0f} s left"
             )
 
     if world.rank:
@@ -418,7 +418,7 @@ def train(config, resume):
         return
     plot(metrics, out / "loss.png", f"{config.precision}, {config.dataset}")
     prompt = torch.tensor([[encoding.eot_token]], device=device)
-    text = raw.generate(prompt, 100, 0.8, 50, generator_for(config, "sample"))[0, 1:].tolist()
+    text = model.generate(prompt, 100, 0.8, 50, generator_for(config, "sample"))[0, 1:].tolist()
     print(f"\n--- sample ---\n{encoding.decode([t for t in text if t < encoding.n_vocab])}\n---")
     summary = {
         "precision": config.precision,
@@ -428,7 +428,7 @@ def train(config, resume):
         "train_loss": f"{np.mean([m['loss'] for m in metrics if 'loss' in m][-20:]):.4f}",
         "val_loss": f"{val_loss:.4f}",
         "bits_per_byte": bits_per_byte(val_loss, val_tokens),
-        "tokens_per_second": f"{tokens_per_step * (step - first) / max(spent, 1e-9):.0f}",
+        "tokens_per_second": f"{tokens_per_step / np.median(times or [math.inf]):.0f}",
         "seconds": f"{time.monotonic() - began:.1f}",
         "out_dir": out,
     }

@@ -23,7 +23,7 @@ import sample
 import train
 from data.shards import Tokens, load, write_dataset, write_meta, write_shard
 from data.vocab import encode, get_encoding
-from model import GPT, ModelConfig
+from model import GPT
 
 ROOT = Path(train.__file__).parent
 BYTES = get_encoding("bytes")
@@ -58,7 +58,7 @@ train.learning_rate = learning_rate
 def tiny(tmp_path_factory):
     """The path of a preset, on a dataset beside it."""
     directory = tmp_path_factory.mktemp("tiny")
-    words = "the cat sat on a mat and then it ran".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran"]
     tokens = encode(BYTES, [" ".join(np.random.default_rng(0).choice(words, 3000))])
     write_dataset(directory / "data", BYTES, {"train": tokens[:8000], "val": tokens[8000:]})
     preset = directory / "tiny.json"
@@ -171,19 +171,472 @@ def starts(monkeypatch):
 # What a run writes.
 
 
-def test_a_run_is_a_folder_and_a_summary(tiny, tmp_path, capsys):
-    run(tiny, tmp_path / "run", precision="bf16")
-    names = {"config.json", "metrics.jsonl", "checkpoint.pt", "loss.png"}
-    assert {p.name for p in (tmp_path / "run").iterdir()} == names
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+def test_a_run_is_a_folder_a_sample_and_a_summary(tiny, tmp_path, capsys):
+    out = run(tiny, tmp_path / "run", precision="bf16")
+    assert set(files(out)) == {"config.json", "metrics.jsonl", "checkpoint.pt", "loss.png"}
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    text, _, lines = capsys.readouterr().out.split("--- sample ---\n")[1].rpartition("\n---\n")
+    assert text
+    summary = dict(line.split(": ") for line in lines.splitlines())
+    assert summary["precision"] == "bf16" and summary["steps"] == "10"
+    assert float(summary["val_loss"]) == pytest.approx(metrics(out)[-1]["val_loss"], abs=1e-4)
+    assert float(summary["train_loss"]) == pytest.approx(np.mean(losses(out)), abs=1e-4)
+    bits = float(summary["val_loss"]) / math.log(2)  # a token of this tokenizer is a byte
+    assert float(summary["bits_per_byte"]) == pytest.approx(bits, abs=2e-4)
+    assert int(summary["tokens"]) == 10 * 4 * 32 and int(summary["tokens_per_second"]) > 0
 
-    progress, text, after = capsys.readouterr().out.split("---\n", 2)[0:1] + ["", ""]
-    assert progress
+
+def test_the_loss_falls(whole):
+    val = [m["val_loss"] for m in metrics(whole) if "val_loss" in m]
+    assert val[0] == pytest.approx(math.log(320), abs=0.05)
+    assert val[-1] < 3.2 and losses(whole)[-1] < 3.2
 
 
 @pytest.mark.parametrize("precision", fp4.RECIPES)
 def test_every_recipe_trains(precision, tiny, tmp_path):
-    out = run(tiny, tmp_path / "run", precision=precision, max_steps=2, warmup_steps=0)
-    first, second = losses(out)
+    first, second = losses(run(tiny, tmp_path, precision=precision, max_steps=2, warmup_steps=0))
     assert first == pytest.approx(math.log(320), abs=0.05)
     assert second < first - 0.2
+
+
+@pytest.mark.parametrize(
+    ("precision", "loss", "val_loss"),
+    [("bf16", 2.91206, 2.92442), ("fp4", 2.92568, 2.93671), ("fp4_mean", 2.91387, 2.92421)],
+)
+def test_ten_steps_end_at_a_known_loss(precision, loss, val_loss, tiny, tmp_path):
+    """SPREAD"""
+    records = metrics(run(tiny, tmp_path, precision=precision))
+    assert records[-2]["loss"] == pytest.approx(loss, abs=5e-4)
+    assert records[-1]["val_loss"] == pytest.approx(val_loss, abs=5e-4)
+
+
+# What runs share.
+
+
+def test_precisions_start_from_the_same_weights_and_see_the_same_batches(
+    tiny, tmp_path, starts, monkeypatch
+):
+    first, save = [], train.save
+
+    def spy(path, state):
+        if state["step"] == 0:
+            first.append(torch.cat([w.flatten() for w in state["model"].values()]))
+        save(path, state)
+
+    monkeypatch.setattr(train, "save", spy)
+    run(tiny, tmp_path / "a", precision="bf16", max_steps=4)
+    once = {split: list(rows) for split, rows in starts.items()}
+    run(tiny, tmp_path / "b", precision="fp4_mean", max_steps=4)
+    assert torch.equal(*first)
+    assert len(once["train"]) == 4 and once["train"][0] != once["train"][1]
+    assert starts == {split: rows * 2 for split, rows in once.items()}
+
+
+def test_the_seed_orders_the_data(tiny, tmp_path, starts):
+    for seed in (1, 2):
+        run(tiny, tmp_path / str(seed), precision="bf16", max_steps=2, seed=seed)
+    assert starts["train"][:2] != starts["train"][2:]
+
+
+def test_evaluation_sees_the_same_windows_and_changes_nothing(tiny, tmp_path, starts):
+    often = run(tiny, tmp_path / "often", eval_interval=1, max_steps=4)
+    evaluations = np.reshape(starts["val"], (5, 8))  # before every step and after the last
+    assert (evaluations == evaluations[0]).all()
+    assert evaluations[0, 0] == 0 and len(set(evaluations[0])) == 8
+    seldom = run(tiny, tmp_path / "seldom", eval_interval=1000, max_steps=4)
+    assert [m for m in metrics(often) if "loss" in m] == [m for m in metrics(seldom) if "loss" in m]
+    assert metrics(often)[-1] == metrics(seldom)[-1]
+
+
+def test_the_validation_loss_does_not_depend_on_the_batch_size(tiny, tmp_path):
+    runs = [
+        run(tiny, tmp_path / str(b), precision="bf16", batch_size=b, max_steps=1) for b in (3, 8)
+    ]
+    a, b = (metrics(out)[0]["val_loss"] for out in runs)
+    assert a == pytest.approx(b, abs=1e-6)
+
+
+# Interrupted runs.
+
+
+def test_a_killed_run_resumes_bit_for_bit(tiny, whole, tmp_path):
+    out = tmp_path / "run"
+    killed = process(SIGNAL.format("SIGKILL"), "--preset", tiny, "--out-dir", out)
+    assert killed.returncode == -signal.SIGKILL
+    assert train.read_checkpoint(out / "checkpoint.pt")["step"] == 4
+    assert len(losses(out)) == 5
+    resume(out)
+    assert_same_run(out, whole)
+
+
+def test_ctrl_c_saves_at_once_and_the_run_resumes_bit_for_bit(tiny, whole, tmp_path):
+    out = tmp_path / "run"
+    stopped = process(SIGNAL.format("SIGINT"), "--preset", tiny, "--out-dir", out)
+    assert stopped.returncode == 0 and stopped.stderr == ""
+    assert stopped.stdout.splitlines()[-1].startswith("stopped at step 6 and saved")
+    assert train.read_checkpoint(out / "checkpoint.pt")["step"] == 6
+    resume(out)
+    assert_same_run(out, whole)
+
+
+def test_a_finished_run_goes_on_when_asked_for_more_steps(copy, whole):
+    resume(copy, max_steps=12)
+    assert metrics(copy)[:-3] == metrics(whole)[:-1]
+    assert [m["step"] for m in metrics(copy)[-3:]] == [10, 11, 12]
+
+
+def test_a_finished_run_asked_for_fewer_steps_stays_as_it_is(copy, whole):
+    resume(copy, max_steps=5)
+    assert_same_run(copy, whole)
+
+
+# Several processes.
+
+
+def torchrun(script, *argv):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        + [str(a) for a in (script, *argv)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_and_micro_steps_train_as_one(tiny, tmp_path):
+    """Only the order of FP32 sums differs, by 4e-6 in these losses of 3 to 6: halving a batch
+    doubles its gradients, and a power of two does not change how BF16 rounds."""
+    knobs = {"precision": "bf16", "grad_accum": 2}
+    one = run(tiny, tmp_path / "one", precision="bf16")
+    micro = run(tiny, tmp_path / "micro", **knobs)
+    two = tmp_path / "two"
+    printed = torchrun(ROOT / "train.py", "--preset", tiny, "--out-dir", two, *flags(knobs))
+    assert printed.count("val_loss: ") == 1
+    for other in (micro, two):
+        for a, b in zip(metrics(one), metrics(other), strict=True):
+            assert a == pytest.approx(b, rel=2e-5)
+
+
+def test_two_processes_train_in_fp4(tiny, whole, tmp_path):
+    """Each centers its own half of the batch and draws its own noise: close, not equal."""
+    script = tmp_path / "script.py"
+    script.write_text(PLAIN + "train.main(sys.argv[1:])")
+    torchrun(script, "--preset", tiny, "--out-dir", tmp_path / "run")
+    two, one = losses(tmp_path / "run"), losses(whole)
+    assert two == pytest.approx(one, abs=0.03) and two != one
+
+
+# The command line.
+
+
+def test_help_names_every_knob(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for field in dataclasses.fields(train.Config):
+        assert f"--{field.name.replace('_', '-')} " in printed.replace("]", " ").replace(",", " ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--frobnicate", "1"], "--frobnicate"),
+        (["--precis", "bf16"], "--precis"),
+        (["--max_steps", "5"], "--max_steps"),
+        (["--max-steps", "5.5"], "--max-steps"),
+        (["--learning-rate", "fast"], "--learning-rate"),
+        (["--precision", "fp5"], "fp5"),
+        (["--preset", "huge"], "huge"),
+        (["--preset", "missing.json"], "missing.json"),
+        (["--dataset", "missing"], "missing"),
+        (["--dataset", "./missing"], "missing"),
+        (["--device", "gpu"], "gpu"),
+        (["--max-steps", "0"], "max_steps"),
+        (["--block-size", "0"], "block_size"),
+        (["--dim", "0"], "dim"),
+        (["--n-head", "3", "--n-kv-head", "2"], "n_head"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(argv, named, tiny, tmp_path):
+    assert named in refused(main, "--preset", tiny, "--out-dir", tmp_path / "run", *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_goes_over_the_preset_over_the_defaults(tiny):
+    config, _ = train.parse(["--preset", str(tiny), "--batch-size", "8", "--compile"])
+    assert (config.batch_size, config.compile) == (8, True)
+    assert (config.dim, config.learning_rate) == (32, 0.01)
+    assert (config.weight_decay, config.out_dir) == (0.1, "out/tiny-fp4_mean")
+
+
+def test_a_config_json_repeats_its_run(whole, tmp_path):
+    assert_same_run(run(whole / "config.json", tmp_path / "run"), whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"dimension": 32}', "dimension"),
+        ('{"dim": "32"}', "dim"),
+        ('{"dim": 32.0}', "dim"),
+        ('{"compile": 1}', "compile"),
+        ('{"precision": "fp5"}', "fp5"),
+        ("[32]", "bad.json"),
+        ("dim: 32", "bad.json"),
+    ],
+)
+def test_a_bad_json_is_named(text, named, tmp_path):
+    (tmp_path / "bad.json").write_text(text)
+    assert named in refused(run, tmp_path / "bad.json", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Settings and data that do not fit.
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"n_kv_head": 0}, "n_kv_head 0"),
+        ({"head_dim": 15}, "head_dim 15"),
+        ({"dim": 40}, "multiples of 16"),
+        ({"vocab_size": 256}, "vocab_size 256"),
+        ({"batch_size": 5, "grad_accum": 2}, "batch_size 5"),
+        ({"block_size": 4000}, "4001 tokens in val"),
+        ({"block_size": 9000}, "9001 tokens in train"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_named(knobs, named, tiny, tmp_path):
+    assert named in refused(run, tiny, tmp_path / "run", **knobs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_token_beyond_the_vocabulary_is_named(tiny, tmp_path):
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"{split}_000.bin", np.full(100, 300, np.uint16))
+    write_meta(tmp_path, "bytes", 257, None)
+    assert "token 300" in refused(run, tiny, tmp_path / "run", dataset=tmp_path)
+
+
+def test_another_run_is_not_overwritten(tiny, copy):
+    before = files(copy)
+    assert "another run" in refused(run, tiny, copy, precision="bf16")
+    assert files(copy) == before
+
+
+def test_an_out_dir_that_cannot_be_made(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(run, tiny, tmp_path / "file" / "run", precision="bf16")
+
+
+@pytest.mark.parametrize("interval", [1, 1000])
+def test_a_diverged_run_stops_and_keeps_a_good_checkpoint(interval, tiny, tmp_path):
+    knobs = {"precision": "bf16", "learning_rate": "inf", "warmup_steps": 0}
+    message = refused(run, tiny, tmp_path, **knobs, eval_interval=interval)
+    assert "nan" in message and "HINT: a lower --learning-rate" in message
+    model, config = sample.load_model(tmp_path)
+    x = load(config["dataset"], "val").batch([0], 33)
+    assert model(x[:, :-1], x[:, 1:]).isfinite()
+
+
+# Checkpoints that cannot be written or read.
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(copy):
+    before = (copy / "checkpoint.pt").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+    try:
+        message = refused(resume, copy, max_steps=12)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "cannot save" in message and "checkpoint before it stays" in message
+    assert (copy / "checkpoint.pt").read_bytes() == before
+    assert not (copy / "checkpoint.part").exists()
+
+
+def test_a_disk_that_fills_at_the_last_moment(copy, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = (copy / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in refused(resume, copy, max_steps=12)
+    assert (copy / "checkpoint.pt").read_bytes() == before
+    assert not (copy / "checkpoint.part").exists()
+
+
+def test_resume_needs_the_folder():
+    assert "--out-dir" in refused(main, "--resume")
+
+
+def test_resume_takes_no_preset(tiny, copy):
+    before = files(copy)
+    assert "--resume" in refused(main, "--resume", "--preset", tiny, "--out-dir", copy)
+    assert files(copy) == before
+
+
+def test_resume_needs_a_run(tmp_path):
+    assert "config.json" in refused(resume, tmp_path / "missing")
+
+
+def test_resume_needs_a_checkpoint(copy):
+    (copy / "checkpoint.pt").unlink()
+    assert "no checkpoint" in refused(resume, copy)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate 0.01 is not 0.5"),
+        ({"precision": "bf16"}, "precision fp4_mean is not bf16"),
+        ({"dim": 48, "seed": 7}, "dim 32 is not 48, seed 1337 is not 7"),
+    ],
+    ids=str,
+)
+def test_resume_refuses_another_config_and_names_the_knobs(knobs, named, copy):
+    before = files(copy)
+    assert named in refused(resume, copy, **knobs)
+    assert files(copy) == before
+
+
+class Code:
+    """What a pickle can do: call any function when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def damage(path, how):
+    whole = path.read_bytes()
+    match how:
+        case "half":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "no end":
+            path.write_bytes(whole[:-1])
+        case "empty":
+            path.write_bytes(b"")
+        case "text":
+            path.write_text("not a checkpoint")
+        case "broken pickle":
+            path.write_bytes(b"\x80\x02he.")
+        case "foreign":
+            torch.save({"weights": torch.ones(3)}, path)
+        case "code":
+            torch.save({"format": train.CHECKPOINT_FORMAT, "step": Code(path.parent / "ran")}, path)
+        case "pickled code":
+            path.write_bytes(pickle.dumps(Code(path.parent / "ran"), protocol=2))
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["half", "no end", "empty", "text", "broken pickle", "foreign", "code", "pickled code"],
+)
+def test_resume_refuses_what_is_no_checkpoint_and_runs_none_of_it(how, copy):
+    damage(copy / "checkpoint.pt", how)
+    before = files(copy)
+    assert "checkpoint.pt is" in refused(resume, copy)
+    assert files(copy) == before
+
+
+def test_a_torn_last_record_does_not_stop_a_resume(copy, whole):
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "lo')
+    resume(copy)
+    assert_same_run(copy, whole)
+
+
+# The parts.
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    config = train.Config(learning_rate=0.5, min_lr=0.1, warmup_steps=4, max_steps=24)
+    rates = [train.learning_rate(step, config) for step in range(25)]
+    assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert rates[14] == pytest.approx(0.275)
+    assert rates[24] == pytest.approx(0.05)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_decay_and_vectors_do_not(tied):
+    config = train.Config(vocab_size=64, dim=32, n_layer=1, tied=tied, weight_decay=0.3)
+    model = GPT(config)
+    matrices, vectors = train.make_optimizer(model, config).param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0)
+    assert {p.ndim for p in matrices["params"]} == {2} and {p.ndim for p in vectors["params"]} == {
+        1
+    }
+    grouped = [id(p) for p in matrices["params"] + vectors["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("clip", [0.25, 0])
+def test_gradients_are_clipped(clip, tiny, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    records = metrics(run(tiny, tmp_path, precision="bf16", grad_clip=clip, max_steps=2))
+    before = [m["grad_norm"] for m in records if "loss" in m]
+    assert min(before) > 0.25
+    assert norms == pytest.approx([clip] * 2 if clip else before, rel=1e-4)
+
+
+def test_every_purpose_step_and_rank_has_a_seed_of_its_own():
+    keys = [
+        (p, s, r) for p in ("init", "data", "noise", "sample") for s in range(9) for r in (0, 1)
+    ]
+    seeds = [
+        train.seed_for(train.Config(seed=seed), *key) for seed in (0, 1, 2**40) for key in keys
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# sample.py.
+
+
+def text_of(capsys, monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--tokens", "20", *map(str, argv)])
+    capsys.readouterr()
+    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_the_seed_of_a_sample_repeats_it(whole, capsys, monkeypatch):
+    say = lambda seed: text_of(  # noqa: E731
+        capsys, monkeypatch, "--out-dir", whole, "--prompt", "the cat", "--seed", seed
+    )
+    first = say(1)
+    assert first.startswith("the cat") and first.endswith("\n---\n")
+    assert first == say(1) != say(2)
+
+
+def test_a_model_samples_in_another_precision(whole):
+    a, b = (sample.load_model(whole, precision=name)[0] for name in (None, "fp4"))
+    assert (a.config.precision, b.config.precision) == ("fp4_mean", "fp4")
+    x = torch.arange(32)[None]
+    assert not torch.equal(a(x), b(x))
+
+
+def test_samples_of_a_precision(whole, capsys, monkeypatch):
+    argv = ["--out-dir", whole, "--precision", "bf16", "--samples", 2]
+    assert text_of(capsys, monkeypatch, *argv).count("\n---\n") == 2
+
+
+def test_sampling_needs_a_run(tmp_path, capsys, monkeypatch):
+    assert "no checkpoint" in refused(text_of, capsys, monkeypatch, "--out-dir", tmp_path)
