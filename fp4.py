@@ -238,7 +238,11 @@ def fuse():
     global _block_amax, _block_scales, _encode, _decode
     plain = _block_amax, _block_scales, _encode, _decode
     torch._dynamo.config.recompile_limit = 64  # one graph per block, with or without a mean, ...
-    options = {"cpp.vec_isa_ok": True, "cpp.dynamic_threads": True, "realize_opcount_threshold": 100}
+    options = {
+        "cpp.vec_isa_ok": True,
+        "cpp.dynamic_threads": True,
+        "realize_opcount_threshold": 100,
+    }
     _block_amax, _block_scales, _encode, _decode = (
         torch.compile(f, dynamic=True, options=options) for f in plain
     )

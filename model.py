@@ -16,7 +16,7 @@ from fp4 import RECIPES, FP4Linear
 
 
 def knob(default, help, **kwargs):
-    """A dataclass field with the help text that the command line shows."""
+    """A dataclass field with the help text that the command line shows; zero: it may be 0."""
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
 
 
@@ -25,8 +25,10 @@ class ModelConfig:
     """The defaults are the `nano` preset."""
 
     precision: str = knob("fp4_mean", "recipe of the block linears", choices=list(RECIPES))
-    bf16_blocks: int = knob(0, "keep the last N blocks in bf16")
-    vocab_size: int = knob(0, "token embeddings; 0: the dataset's, rounded up to a multiple of 64")
+    bf16_blocks: int = knob(0, "keep the last N blocks in bf16", zero=True)
+    vocab_size: int = knob(
+        0, "token embeddings; 0: the dataset's, rounded up to a multiple of 64", zero=True
+    )
     block_size: int = knob(128, "context length in tokens")
     n_layer: int = knob(4, "blocks")
     n_head: int = knob(4, "query heads")
@@ -39,13 +41,20 @@ class ModelConfig:
     norm_eps: float = knob(1e-6, "epsilon of the RMS norms")
 
     def check(self):
-        if self.n_kv_head < 1 or self.n_head % self.n_kv_head or self.head_dim % 2:
+        """ValueError, naming the field, for a config that cannot work."""
+        for field in dataclasses.fields(self):
+            value, about = getattr(self, field.name), field.metadata
+            if about.get("choices") and value not in about["choices"]:
+                raise ValueError(f"{field.name} {value!r} is not one of {about['choices']}")
+            if type(value) in (int, float) and not (value > 0 or (value == 0 and "zero" in about)):
+                raise ValueError(f"{field.name} {value} is too small")
+        if self.n_head % self.n_kv_head or self.head_dim % 2:
             raise ValueError(
                 f"bad head split: n_head {self.n_head} must be a multiple of n_kv_head "
                 f"{self.n_kv_head}, and head_dim {self.head_dim} even"
             )
-        if not 0 <= self.bf16_blocks <= self.n_layer:
-            raise ValueError(f"bf16_blocks {self.bf16_blocks} is not in 0..n_layer {self.n_layer}")
+        if self.bf16_blocks > self.n_layer:
+            raise ValueError(f"bf16_blocks {self.bf16_blocks} is more than n_layer {self.n_layer}")
 
 
 class RMSNorm(nn.RMSNorm):

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -51,32 +50,18 @@ class Config(ModelConfig):
     batch_size: int = knob(16, "sequences a step, over all processes and micro-steps")
     grad_accum: int = knob(1, "micro-steps a step, for batches that do not fit in memory")
     learning_rate: float = knob(2e-3, "peak learning rate of AdamW")
-    min_lr: float = knob(0.1, "final learning rate, as a share of the peak")
-    warmup_steps: int = knob(40, "steps of linear warm-up; a cosine follows")
-    weight_decay: float = knob(0.1, "of the matrices; vectors have none")
-    beta1: float = knob(0.9, "AdamW")
-    beta2: float = knob(0.95, "AdamW")
-    grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping")
+    min_lr: float = knob(0.1, "final learning rate, as a share of the peak", zero=True)
+    warmup_steps: int = knob(40, "steps of linear warm-up; a cosine follows", zero=True)
+    weight_decay: float = knob(0.1, "of the matrices; vectors have none", zero=True)
+    beta1: float = knob(0.9, "AdamW", zero=True)
+    beta2: float = knob(0.95, "AdamW", zero=True)
+    grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", zero=True)
     eval_interval: int = knob(100, "steps between checkpoints, each followed by an evaluation")
     eval_windows: int = knob(128, "validation sequences, evenly spaced, always the same")
     log_interval: int = knob(10, "steps between progress lines")
-    seed: int = knob(1337, "of weights, batches and rounding noise")
+    seed: int = knob(1337, "of weights, batches and rounding noise", zero=True)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     compile: bool = knob(False, "torch.compile the whole model")
-
-    def check(self):
-        super().check()
-        for name in (
-            "max_steps",
-            "batch_size",
-            "grad_accum",
-            "block_size",
-            "eval_interval",
-            "eval_windows",
-            "log_interval",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is less than 1")
 
 
 def parse(argv):
@@ -159,6 +144,8 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.split(":")[0] not in ("cpu", "cuda"):
+            raise RunError(f"--device {device} is not auto, cpu, cuda or cuda:N")
         if device == "cuda" and self.size > 1:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         if device.startswith("cuda") and not torch.cuda.is_available():
@@ -241,7 +228,7 @@ def read_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise RunError(f"no checkpoint at {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+    except Exception:  # what a broken pickle raises has no common type
         raise RunError(f"{path} is cut short or not a checkpoint") from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise RunError(f"{path} is not a checkpoint of this project")
@@ -313,7 +300,8 @@ def train(config, resume):
     if resume:
         step = resume_run(read_checkpoint(out / "checkpoint.pt", device), config, model, optimizer)
         with open(out / "metrics.jsonl") as file:
-            metrics = [m for m in map(json.loads, file) if m["step"] < step]
+            whole = [json.loads(line) for line in file if line.endswith("\n")]  # not a torn one
+        metrics = [m for m in whole if m["step"] < step]
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
@@ -355,13 +343,21 @@ def train(config, resume):
                 },
             )
 
+    def diverged(what):
+        return RunError(
+            f"step {step}: {what}; {out}/checkpoint.pt is the last good state. HINT: a lower "
+            "--learning-rate or more --warmup-steps"
+        )
+
     interrupted = []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: interrupted.append(True))
     began, times = time.monotonic(), []
     while True:
         stop = world.mean(torch.tensor(float(bool(interrupted)), device=device)) > 0
-        if stop or step % config.eval_interval == 0 or step == config.max_steps:
+        if stop or step % config.eval_interval == 0 or step >= config.max_steps:
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise diverged("inf or nan in the weights")
             checkpoint()
             if stop:
                 break
@@ -393,10 +389,7 @@ def train(config, resume):
             model.parameters(), config.grad_clip or math.inf
         ).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunError(
-                f"step {step}: loss {loss}, gradient norm {norm}; {out}/checkpoint.pt is the "
-                "last good state. HINT: a lower --learning-rate or more --warmup-steps"
-            )
+            raise diverged(f"loss {loss}, gradient norm {norm}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(time.monotonic() - tick)
@@ -411,6 +404,8 @@ def train(config, resume):
                 f"{(config.max_steps - step) * pace:.0f} s left"
             )
 
+    if world.size > 1:
+        dist.barrier()
     if world.rank:
         return
     if stop:
@@ -443,7 +438,7 @@ def bits_per_byte(loss, tokens):
 def main(argv=None):
     try:
         train(*parse(argv))
-    except (RunError, DataError, ValueError) as error:
+    except (RunError, DataError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     finally:
         if dist.is_initialized():

@@ -200,14 +200,20 @@ def test_every_recipe_trains(precision, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "loss", "val_loss"),
-    [("bf16", 2.91206, 2.92442), ("fp4", 2.92568, 2.93671), ("fp4_mean", 2.91387, 2.92421)],
+    ("precision", "loss", "val_loss", "tolerance"),
+    [
+        ("bf16", 2.91206, 2.92442, 2e-4),
+        ("fp4", 2.92329, 2.93344, 2e-3),
+        ("fp4_mean", 2.90569, 2.91625, 2e-3),
+    ],
 )
-def test_ten_steps_end_at_a_known_loss(precision, loss, val_loss, tiny, tmp_path):
-    """SPREAD"""
+def test_ten_steps_end_at_a_known_loss(precision, loss, val_loss, tolerance, tiny, tmp_path):
+    """One and two threads agree to every digit. Kernels for other CPUs (scalar, SSE4, AVX2, AVX512)
+    add in other orders and differ by up to 5e-5 in bf16; in fp4 one last bit can turn the rounding
+    of a value to the next code, and that makes up to 7e-4."""
     records = metrics(run(tiny, tmp_path, precision=precision))
-    assert records[-2]["loss"] == pytest.approx(loss, abs=5e-4)
-    assert records[-1]["val_loss"] == pytest.approx(val_loss, abs=5e-4)
+    assert records[-2]["loss"] == pytest.approx(loss, abs=tolerance)
+    assert records[-1]["val_loss"] == pytest.approx(val_loss, abs=tolerance)
 
 
 # What runs share.
@@ -358,7 +364,10 @@ def test_help_names_every_knob(capsys):
         (["--max-steps", "0"], "max_steps"),
         (["--block-size", "0"], "block_size"),
         (["--dim", "0"], "dim"),
-        (["--n-head", "3", "--n-kv-head", "2"], "n_head"),
+        (["--n-head", "3", "--n-kv-head", "2"], "n_head 3"),
+        (["--seed", "-1"], "seed -1"),
+        (["--learning-rate", "-1"], "learning_rate -1"),
+        (["--grad-clip", "-1"], "grad_clip -1"),
     ],
     ids=str,
 )
@@ -435,11 +444,13 @@ def test_an_out_dir_that_cannot_be_made(tiny, tmp_path):
     assert "file" in refused(run, tiny, tmp_path / "file" / "run", precision="bf16")
 
 
+@pytest.mark.parametrize("rate", ["inf", "1e16"])  # the weights, or only the loss, become nan
 @pytest.mark.parametrize("interval", [1, 1000])
-def test_a_diverged_run_stops_and_keeps_a_good_checkpoint(interval, tiny, tmp_path):
-    knobs = {"precision": "bf16", "learning_rate": "inf", "warmup_steps": 0}
+def test_a_diverged_run_stops_and_keeps_a_good_checkpoint(rate, interval, tiny, tmp_path):
+    knobs = {"precision": "bf16", "learning_rate": rate, "warmup_steps": 0}
     message = refused(run, tiny, tmp_path, **knobs, eval_interval=interval)
     assert "nan" in message and "HINT: a lower --learning-rate" in message
+    assert len(losses(tmp_path)) == 1
     model, config = sample.load_model(tmp_path)
     x = load(config["dataset"], "val").batch([0], 33)
     assert model(x[:, :-1], x[:, 1:]).isfinite()
