@@ -32,11 +32,9 @@ def seconds(run, repeats, device):
 def quantizer(device, repeats=50):
     """ns a value for quantize (amax, scales, codes, packing), a 2048 x 1024 FP32 matrix."""
     x = torch.randn(2048, 1024, device=device)
-    mean = fp4.split_off(x, "mean")
     cases = {
         "1x16": {},
         "1x16 stochastic": {"stochastic": True, "seed": 1},
-        "1x16 minus mean": {"low_rank": mean},
         "16x1": {"block": (16, 1)},
         "16x16": {"block": (16, 16)},
     }

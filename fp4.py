@@ -60,14 +60,9 @@ def _tile(x, block):
     return x.unflatten(0, (-1, BLOCK)) if block[0] == BLOCK else x
 
 
-def _residual(x, low_rank):
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x if low_rank is None else x - low_rank[0] * low_rank[1]
-
-
-def _block_amax(x, low_rank, block):
+def _block_amax(x, block):
     """The largest magnitude of each block, FP32, with a block's axes kept; NaN if it holds one."""
-    return _tile(_residual(x, low_rank), block).abs().amax(BLOCKS[block], keepdim=True)
+    return _tile(x, block).abs().amax(BLOCKS[block], keepdim=True)
 
 
 def e4m3_round(x):
@@ -109,13 +104,13 @@ def _uniform(shape, key):
     return (_hash(i ^ key) & 0xFFFFFF).float() * 2.0**-24
 
 
-def _encode(x, low_rank, inverse, block, key):
+def _encode(x, inverse, block, key):
     """4-bit codes, one a byte, in blocks: sign in bit 3 and magnitude 0..7, to nearest even if key
     is None.
 
     The codes 0..7 of 0 .5 1 1.5 2 3 4 6 lie on the lower envelope of three lines, min(2a, a + 2,
     a/2 + 4), whose corners are codes. Rounding each line to even rounds E2M1 to even."""
-    y = _tile(_residual(x, low_rank), block) * inverse
+    y = _tile(x, block) * inverse
     a = torch.where(y.abs() < E2M1_MAX, y.abs(), E2M1_MAX)  # a NaN gets code 7, and a NaN scale
     if key is None:
         code = torch.minimum(torch.round(2 * a), torch.round(a) + 2)
@@ -190,12 +185,11 @@ class NVFP4:
 
 
 @torch.no_grad()
-def quantize(x, *, block=(1, 16), low_rank=None, stochastic=False, seed=None, headroom=False):
-    """Round x, or x minus a rank-one matrix, to NVFP4.
+def quantize(x, *, block=(1, 16), stochastic=False, seed=None, headroom=False):
+    """Round x to NVFP4.
 
     x           (R, C), FP32 or BF16, any strides; C a multiple of bw; zeros pad R to one of bh
     block       (bh, bw), one of BLOCKS
-    low_rank    left (R, 1) and right (1, C), FP32: x - left right is quantized, in the same passes
     stochastic  round up or down at random, right on average; seed: an int, or an int32 scalar
                 tensor, or None for one from PyTorch's default generator
     headroom    block scales 17/16 larger: else E4M3 rounds some down, values saturate at 6, and
@@ -210,17 +204,16 @@ def quantize(x, *, block=(1, 16), low_rank=None, stochastic=False, seed=None, he
             f"cannot quantize shape {tuple(x.shape)} in {block} blocks: not a matrix, "
             f"empty, or its columns no multiple of {block[1]}"
         )
-    x, rows = x.detach(), x.shape[0]  # a plain tensor: one compiled graph for weights and inputs
-    if pad := -rows % block[0]:
-        x = F.pad(x, (0, 0, 0, pad))
-        low_rank = low_rank and (F.pad(low_rank[0], (0, 0, 0, pad)), low_rank[1])
+    rows = x.shape[0]
+    x = x.detach().float()  # a plain tensor: one compiled graph for weights and activations
+    x = F.pad(x, (0, 0, 0, -rows % block[0])) if rows % block[0] else x
     key = None
     if stochastic:
         seed = _draw_seeds(1, x.device)[0] if seed is None else seed
         key = _hash(torch.as_tensor(seed, dtype=torch.int32, device=x.device))
-    block_amax = _block_amax(x, low_rank, block)
+    block_amax = _block_amax(x, block)
     scale, inverse, tensor_scale = _block_scales(block_amax.flatten(), headroom)
-    codes = _encode(x, low_rank, inverse.view_as(block_amax), block, key).view(x.shape)
+    codes = _encode(x, inverse.view_as(block_amax), block, key).view(x.shape)
     scales = scale.to(torch.float8_e4m3fn).view(len(block_amax), -1)  # exact: e4m3_round was here
     return NVFP4(_pack(codes, block), scales, tensor_scale, block, rows)
 
@@ -237,7 +230,7 @@ def fuse():
     Returns a line that says what runs; without a working C++ compiler that is plain PyTorch."""
     global _block_amax, _block_scales, _encode, _decode
     plain = _block_amax, _block_scales, _encode, _decode
-    torch._dynamo.config.recompile_limit = 64  # one graph per block, with or without a mean, ...
+    torch._dynamo.config.recompile_limit = 64  # a graph for each block, rounding and layout
     options = {
         "cpp.vec_isa_ok": True,
         "cpp.dynamic_threads": True,
@@ -294,21 +287,21 @@ RECIPES = {
 
 
 def split_off(x, how):
-    """The rank-one part of x (l, m), FP32: left (l, 1), right (1, m); x = left right + residual.
+    """x (l, m) as left (l, 1) times right (1, m) plus a residual (l, m), FP32: the three of them.
 
-    mean: left is all ones, right the mean over tokens. svd: the leading singular direction, by
-    power iteration from the longest row."""
+    none: left and right are None. mean: left is all ones, right the mean over tokens. svd: the
+    leading singular direction, by power iteration from the longest row."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if how == "none":
-        return None
-    dtype = torch.promote_types(x.dtype, torch.float32)
+        return None, None, x
     if how == "mean":
-        right = x.mean(0, keepdim=True, dtype=dtype)
-        return torch.ones_like(right[:, :1]).expand(len(x), 1), right
-    x = x.to(dtype)
+        right = x.mean(0, keepdim=True)
+        return torch.ones_like(right[:, :1]).expand(len(x), 1), right, x - right
     right = x[x.square().sum(1).argmax()][None]
     for _ in range(8):
         right = F.normalize((x @ right.t()).t() @ x)
-    return x @ right.t(), right
+    left = x @ right.t()
+    return left, right, x - left * right
 
 
 @functools.cache
@@ -362,11 +355,9 @@ class _LinearBF16(torch.autograd.Function):
         return _mm(d_b, w_b).to(d.dtype), _mm(d_b.t(), x_b), None, None  # (l, m), (n, m)
 
 
-def _wgrad_operand(x, low_rank, recipe, **rounding):
-    """NVFP4 of x less its rank-one part, with blocks along tokens."""
-    if recipe.hadamard:
-        x, low_rank = rotate_tokens(_residual(x, low_rank)), None
-    return quantize(x, block=(16, 1), low_rank=low_rank, **rounding)
+def _wgrad_operand(r, recipe, **rounding):
+    """NVFP4 of a residual with blocks along tokens."""
+    return quantize(rotate_tokens(r) if recipe.hadamard else r, block=(16, 1), **rounding)
 
 
 class _LinearFP4(torch.autograd.Function):
@@ -374,21 +365,18 @@ class _LinearFP4(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, recipe, keep):  # x (l, m), w (n, m)
-        w_q = quantize(w, block=(16, 16))
-        x_low = split_off(x, recipe.split)
-        x_q = quantize(x, low_rank=x_low)
+        left, mu, r = split_off(x, recipe.split)
+        x_q, w_q = quantize(r), quantize(w, block=(16, 16))
 
         # ------------ fprop: Y (l, n) = left (mu W') + R~ W~' ------------
         y = _mm(x_q.values(), w_q.values().t()).mul_(x_q.tensor_scale * w_q.tensor_scale)
-        row = ()
-        if x_low:
-            left, mu = x_low
-            row = left, quantize(mu).dequantize() if recipe.fp4_mean else mu
-            y.addcmul_(left, row[1] @ (w_q.dequantize() if recipe.fp4_mean_weight else w).t())
+        if mu is not None:
+            mu = quantize(mu).dequantize() if recipe.fp4_mean else mu
+            y.addcmul_(left, mu @ (w_q.dequantize() if recipe.fp4_mean_weight else w).t())
 
         if keep:  # of x, backward gets 4.5 bits a value and the mean
-            x_q = _wgrad_operand(x, x_low, recipe)
-            ctx.save_for_backward(w, *w_q.tensors(), *x_q.tensors(), *row)
+            x_q = _wgrad_operand(r, recipe)
+            ctx.save_for_backward(w, *w_q.tensors(), *x_q.tensors(), left, mu)
             ctx.recipe, ctx.rows = recipe, x_q.rows
         return y.to(x.dtype)
 
@@ -396,27 +384,25 @@ class _LinearFP4(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d):  # (l, n)
         recipe = ctx.recipe
-        w, *saved = ctx.saved_tensors
+        w, *saved, left_x, mu = ctx.saved_tensors
         w_q = NVFP4(*saved[:3], (16, 16), len(w))
-        x_q = NVFP4(*saved[3:6], (16, 1), ctx.rows)
-        d_low = split_off(d, recipe.split)
+        x_q = NVFP4(*saved[3:], (16, 1), ctx.rows)
+        left_d, nu, s = split_off(d, recipe.split)
         seeds = _draw_seeds(3, d.device)
         rounding = {"stochastic": True, "headroom": recipe.headroom}
-        if d_low:
-            (left_x, mu), (left_d, nu) = saved[6:], d_low
-            if recipe.fp4_mean:
-                nu = quantize(nu, seed=seeds[2], **rounding).dequantize()
+        if recipe.fp4_mean:
+            nu = quantize(nu, seed=seeds[2], **rounding).dequantize()
 
         # ------------ dgrad: dX (l, m) = left (nu W) + S~ W~ ------------
-        d_q = quantize(d, low_rank=d_low, seed=seeds[0], **rounding)
+        d_q = quantize(s, seed=seeds[0], **rounding)
         dx = _mm(d_q.values(), w_q.values()).mul_(d_q.tensor_scale * w_q.tensor_scale)
-        if d_low:
+        if nu is not None:
             dx.addcmul_(left_d, nu @ (w_q.dequantize() if recipe.fp4_mean_weight else w))
 
         # ------------ wgrad: dW (n, m) = nu' (left_d' left_x) mu + S~' R~ ------------
-        d_q = _wgrad_operand(d, d_low, recipe, seed=seeds[1], **rounding)
+        d_q = _wgrad_operand(s, recipe, seed=seeds[1], **rounding)
         dw = _mm(d_q.values().t(), x_q.values()).mul_(d_q.tensor_scale * x_q.tensor_scale)
-        if d_low:
+        if nu is not None:
             dw.addmm_(nu.t() * (left_d * left_x).sum(), mu)  # the sum is l for means
         if recipe.cross_terms:  # nu' (left_d' R~) + (S~' left_x) mu
             dw.addmm_(nu.t(), left_d.t() @ x_q.dequantize())

@@ -169,23 +169,13 @@ def matrices(draw):
     matrices(),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.sampled_from(["contiguous", "transposed", "strided"]),
-    st.sampled_from([None, "mean", "any"]),
     st.booleans(),
 )
-def test_equals_reference(drawn, dtype, layout, low, headroom):
+def test_equals_reference(drawn, dtype, layout, headroom):
     x, block = drawn
     x = torch.from_numpy(x).to(dtype)
-    low_rank, residual = None, x.float().numpy()
-    if low:
-        if low == "mean":
-            low_rank = fp4.split_off(x, "mean")
-        else:
-            low_rank = x.float()[:, -1:].abs().sqrt(), x.float()[-1:].abs().sqrt()
-        low_rank = tuple(t.nan_to_num(1, 1, 1) for t in low_rank)
-        with np.errstate(all="ignore"):
-            residual = residual - low_rank[0].numpy() * low_rank[1].numpy()
-    q = fp4.quantize(lay_out(x, layout), block=block, low_rank=low_rank, headroom=headroom)
-    check(q, reference.quantize(residual, block, headroom))
+    q = fp4.quantize(lay_out(x, layout), block=block, headroom=headroom)
+    check(q, reference.quantize(x.float().numpy(), block, headroom))
 
 
 @settings(fixed, max_examples=200)
@@ -458,11 +448,8 @@ def exact(monkeypatch):
         def tensors(self):
             return self.x, self.x, self.x
 
-    def quantize(x, low_rank=None, **_):
-        return Exact(x if low_rank is None else x - low_rank[0] * low_rank[1])
-
     monkeypatch.setattr(fp4, "NVFP4", Exact)
-    monkeypatch.setattr(fp4, "quantize", quantize)
+    monkeypatch.setattr(fp4, "quantize", lambda x, **_: Exact(x))
     monkeypatch.setattr(fp4, "_bf16", lambda x: x)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
@@ -658,8 +645,8 @@ def test_centering_keeps_what_tells_tokens_apart():
     want = varying(x.double() @ w.double().t())
     w_q = fp4.quantize(w).dequantize().double()
     plain, centered = (
-        relative(varying(fp4.quantize(x, low_rank=low).dequantize().double() @ w_q.t()), want)
-        for low in (None, fp4.split_off(x, "mean"))
+        relative(varying(fp4.quantize(r).dequantize().double() @ w_q.t()), want)
+        for r in (x, fp4.split_off(x, "mean")[2])
     )
     assert plain == pytest.approx(0.410, abs=0.02)
     assert centered == pytest.approx(0.135, abs=0.002)  # 131072 outputs over 256 terms: 1%
@@ -710,9 +697,7 @@ def test_wgrad_without_a_mean():
 def test_residual_does_not_see_an_offset(block):
     x = torch.randint(-8, 9, (64, 32)).float()  # integers: sums and the mean of 64 are exact
     offset = 2.0 ** torch.randint(0, 9, (32,))
-    a, b = (
-        fp4.quantize(t, block=block, low_rank=fp4.split_off(t, "mean")) for t in (x, x + offset)
-    )
+    a, b = (fp4.quantize(fp4.split_off(t, "mean")[2], block=block) for t in (x, x + offset))
     assert a.codes.any()
     for s, t in zip(a.tensors(), b.tensors(), strict=True):
         assert torch.equal(s.float(), t.float())
@@ -721,7 +706,8 @@ def test_residual_does_not_see_an_offset(block):
 @pytest.mark.parametrize("how", ["mean", "svd"])
 def test_split_off(how):
     x = torch.randn(40, 24).double() + torch.randn(24)
-    left, right = fp4.split_off(x, how)
+    left, right, residual = fp4.split_off(x, how)
+    assert torch.equal(residual, x - left * right)
     if how == "mean":
         assert torch.equal(left, torch.ones(40, 1).double())
         assert torch.equal(right[0], x.mean(0))
@@ -821,17 +807,16 @@ def fused_and_plain():
     torch.manual_seed(0)
     cases = []
     for shape in ((33, 80), (50, 48)):
-        for block, dtype, low, seed in (
-            ((1, 16), torch.bfloat16, "mean", 5),
-            ((16, 1), torch.float32, "mean", None),
-            ((16, 16), torch.float32, "none", None),
+        for block, dtype, seed in (
+            ((1, 16), torch.bfloat16, 5),
+            ((16, 1), torch.float32, None),
+            ((16, 16), torch.float32, None),
         ):
             x = (torch.randn(shape) * 10 ** torch.randn(shape[0], 1)).to(dtype)
             x[:17, :16] = 0
             if block == (16, 16):
                 x = torch.nn.Parameter(x[: shape[0] // 16 * 16])
-            low_rank = fp4.split_off(x, low)
-            kwargs = {"low_rank": low_rank, "stochastic": seed is not None, "seed": seed}
+            kwargs = {"stochastic": seed is not None, "seed": seed}
             cases.append((x, {"block": block, **kwargs}))
     plain = [bits(x, **kwargs) for x, kwargs in cases]
     line, equal, graphs = fp4.fuse(), [], []
