@@ -54,5 +54,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (RunError, DataError) as error:
+    except (RunError, DataError, ValueError) as error:
         sys.exit(f"error: {error}")

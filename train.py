@@ -117,7 +117,9 @@ def read_config(path):
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path}: {error}") from None
     types = {f.name: f.type for f in dataclasses.fields(Config)}
-    for name, value in values.items() if isinstance(values, dict) else [(None, values)]:
+    if not isinstance(values, dict):
+        raise RunError(f"{path} is not a JSON object")
+    for name, value in values.items():
         if name not in types:
             raise RunError(f"{path}: unknown name {name!r}")
         if type(value) is not types[name] and (types[name], type(value)) != (float, int):
@@ -273,7 +275,7 @@ def train(config, resume):
             f"batch_size {config.batch_size} does not split into {world.size} processes "
             f"times grad_accum {config.grad_accum}"
         )
-    if not resume and (out / "config.json").exists():
+    if not resume and (out / "checkpoint.pt").exists():
         raise RunError(
             f"{out} holds another run. HINT: --resume goes on with it, --out-dir names "
             "another folder"
@@ -299,11 +301,12 @@ def train(config, resume):
     step, metrics = 0, []
     if resume:
         step = resume_run(read_checkpoint(out / "checkpoint.pt", device), config, model, optimizer)
-        with open(out / "metrics.jsonl") as file:
-            whole = [json.loads(line) for line in file if line.endswith("\n")]  # not a torn one
-        metrics = [m for m in whole if m["step"] < step]
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        if resume:
+            with open(out / "metrics.jsonl") as file:
+                whole = [json.loads(line) for line in file if line.endswith("\n")]  # not a torn one
+            metrics = [m for m in whole if m["step"] < step]
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
@@ -356,12 +359,13 @@ def train(config, resume):
     while True:
         stop = world.mean(torch.tensor(float(bool(interrupted)), device=device)) > 0
         if stop or step % config.eval_interval == 0 or step >= config.max_steps:
-            if not all(p.isfinite().all() for p in model.parameters()):
-                raise diverged("inf or nan in the weights")
+            if not stop:  # what evaluates to nan must not replace a good checkpoint
+                val_loss = evaluate(model, val_tokens, config, world)
+                if not math.isfinite(val_loss):
+                    raise diverged(f"val loss {val_loss}")
             checkpoint()
             if stop:
                 break
-            val_loss = evaluate(model, val_tokens, config, world)
             log(step=step, val_loss=val_loss)
             world.print(f"step {step:6d}  val loss {val_loss:.4f}")
         if step >= config.max_steps:
@@ -404,8 +408,6 @@ def train(config, resume):
                 f"{(config.max_steps - step) * pace:.0f} s left"
             )
 
-    if world.size > 1:
-        dist.barrier()
     if world.rank:
         return
     if stop:
@@ -438,6 +440,8 @@ def bits_per_byte(loss, tokens):
 def main(argv=None):
     try:
         train(*parse(argv))
+        if dist.is_initialized():
+            dist.barrier()  # gloo aborts a process that leaves in the middle of a collective
     except (RunError, DataError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     finally:
