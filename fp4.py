@@ -428,7 +428,7 @@ class FP4Linear(torch.nn.Linear):
 
     def forward(self, x):
         if self.recipe.format == "fp32":
-            return super().forward(x)
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
         gemms = _LinearFP4 if self.recipe.format == "nvfp4" else _LinearBF16
         tokens, keep = x.reshape(-1, self.in_features), torch.is_grad_enabled()
         y = gemms.apply(tokens, self.weight, self.recipe, keep).view(*x.shape[:-1], -1)
