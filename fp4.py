@@ -83,7 +83,7 @@ def _block_scales(block_amax, headroom):
     encode = (full / amax).clamp(max=FP32_MAX)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     scale = block_amax * (encode * (1 / E2M1_MAX))
-    if headroom:  # E4M3 rounds a scale down by up to 1/17; with this no value then exceeds 6
+    if headroom:  # normal E4M3 rounds down by up to 1/17; with this no value then exceeds 6
         scale = scale * (17 / 16)
     scale = e4m3_round(scale.clamp(max=E4M3_MAX))
     inverse = (1 / (scale * (1 / encode))).clamp(max=FP32_MAX)
@@ -190,8 +190,8 @@ def quantize(x, *, block=(1, 16), stochastic=False, seed=None, headroom=False):
 
     x           (R, C), FP32 or BF16, any strides; C a multiple of bw; zeros pad R to one of bh
     block       (bh, bw), one of BLOCKS
-    stochastic  round up or down at random, right on average; seed: an int, or an int32 scalar
-                tensor, or None for one from PyTorch's default generator
+    stochastic  round up or down at random, right on average given headroom; seed: an int, or an
+                int32 scalar tensor, or None for one from PyTorch's default generator
     headroom    block scales 17/16 larger: else E4M3 rounds some down, values saturate at 6, and
                 stochastic rounding is biased (slope .9965 on Gaussian data)
 
@@ -414,7 +414,8 @@ class FP4Linear(torch.nn.Linear):
     """`nn.Linear` (..., in_features) -> (..., out_features) whose three GEMMs follow a recipe.
 
     recipe: a Recipe or its name in RECIPES. Weights are FP32; inputs FP32 or BF16, and the output
-    has the input's dtype. ValueError where features are no multiple of 16. Rounding noise comes
+    has the input's dtype. ValueError where features are no multiple of 16. Keep it out of
+    torch.autocast, which would round the means. Rounding noise comes
     from PyTorch's default generator, in backward."""
 
     def __init__(self, in_features, out_features, bias=True, recipe="fp4_mean", **kwargs):

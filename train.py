@@ -1,6 +1,6 @@
 """Pretrain a GPT in NVFP4, BF16, or any recipe of fp4.py, on one CPU, one GPU or several.
 
-    python train.py --precision fp4_mean              on a CPU the nano preset, about 5 minutes
+    python train.py --precision fp4_mean              on a CPU the nano preset, about 4 minutes
     python train.py --preset 124m --dataset fineweb
     python train.py --resume --out-dir out/nano-fp4_mean
     torchrun --nproc-per-node 8 train.py --preset 124m
