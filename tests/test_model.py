@@ -95,6 +95,13 @@ def test_generation_past_the_context_and_its_seed():
     assert run(1).max() < 97
 
 
+def test_the_cache_keeps_the_last_block_size_tokens():
+    model, cache = tiny(), [[], []]
+    for start in range(40):
+        model(torch.full((1, 1), start), cache=cache, start=start)
+    assert [k.shape for k, v in cache] == [v.shape for k, v in cache] == [(1, 2, 32, 16)] * 2
+
+
 def test_top_k_of_one_is_the_likeliest():
     model, tokens = tiny(), torch.randint(97, (1, 4))
     greedy = model.generate(tokens, 8, temperature=0)
