@@ -18,6 +18,10 @@ def tiny(**changes):
     return GPT(ModelConfig(**{**TINY, "precision": "fp32", **changes}))
 
 
+def join(theirs, prefix, *names):
+    return torch.cat([theirs[f"{prefix}{name}_proj.weight"] for name in names])
+
+
 def from_qwen3(theirs, n_layer):
     """A Qwen3ForCausalLM's weights under our names."""
     ours = {
@@ -27,16 +31,17 @@ def from_qwen3(theirs, n_layer):
     }
     for i in range(n_layer):
         a, b = f"model.layers.{i}.", f"blocks.{i}."
-        join = lambda *names, a=a: torch.cat([theirs[f"{a}{name}_proj.weight"] for name in names])  # noqa: E731
         ours |= {
             b + "attention_norm.weight": theirs[a + "input_layernorm.weight"],
             b + "ffn_norm.weight": theirs[a + "post_attention_layernorm.weight"],
             b + "attention.q_norm.weight": theirs[a + "self_attn.q_norm.weight"],
             b + "attention.k_norm.weight": theirs[a + "self_attn.k_norm.weight"],
-            b + "attention.qkv.weight": join("self_attn.q", "self_attn.k", "self_attn.v"),
-            b + "attention.out.weight": join("self_attn.o"),
-            b + "ffn.gate_up.weight": join("mlp.gate", "mlp.up"),
-            b + "ffn.down.weight": join("mlp.down"),
+            b + "attention.qkv.weight": join(
+                theirs, a, "self_attn.q", "self_attn.k", "self_attn.v"
+            ),
+            b + "attention.out.weight": join(theirs, a, "self_attn.o"),
+            b + "ffn.gate_up.weight": join(theirs, a, "mlp.gate", "mlp.up"),
+            b + "ffn.down.weight": join(theirs, a, "mlp.down"),
         }
     return ours
 
@@ -87,9 +92,11 @@ def test_cached_generation_equals_recomputation():
 
 def test_generation_past_the_context_and_its_seed():
     model = tiny()
-    run = lambda seed: model.generate(  # noqa: E731
-        torch.zeros(1, 1, dtype=torch.long), 50, generator=torch.Generator().manual_seed(seed)
-    )
+
+    def run(seed):
+        start, generator = torch.zeros(1, 1).long(), torch.Generator().manual_seed(seed)
+        return model.generate(start, 50, generator=generator)
+
     assert run(1).shape == (1, 51)
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
     assert run(1).max() < 97
