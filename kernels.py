@@ -1,0 +1,549 @@
+"""Triton kernels for fp4.py: column statistics, center and quantize, GEMM. Same bits everywhere.
+
+fp4.py is the definition, and the plain twin of all that is here. Kernels save memory traffic. For
+an l x m matrix in BF16, bytes an element:
+
+    statistics          2 read: sums, minima and maxima of the columns, in two stages
+    center + quantize   2 read, 0.5625 written for each of two directions of the blocks
+    weights (FP32)      4 read twice, 1 written: one set of codes, packed along either axis
+    GEMM                0.5625 read an operand; the mean's part is added to the result in registers
+
+NVFP4 needs a tensor's amax before it can round a single value, so vanilla FP4 reads X twice too.
+Centering adds no pass: the columns' statistics give mean and extrema at once, and from these
+
+    max |x - mu| = max over columns of max(colmax - mu, mu - colmin)
+
+exactly, because FP32 subtraction is monotone. All that decides a bit is integer arithmetic or one
+correctly rounded FP32 operation, in a fixed order. So Triton's interpreter on a CPU
+(TRITON_INTERPRET=1), Ampere, Hopper and Blackwell agree; only the order of summation in a GEMM is
+the hardware's own. That excludes `/` (off by 2 ulp; `div_rn` is not), casts to BF16 and float8
+that round (targets differ), and fused multiply-adds of products that are not exact.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRET = triton.knobs.runtime.interpret
+FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
+STATISTICS = 1024, 128, 32  # columns of a program, parts of the tokens, columns in stage 2
+QUANTIZE = 512, 2, 4  # columns of a program, tokens at a time, warps
+NATIVE = 10, 12  # major versions of GPUs with FP4 tensor cores that `tl.dot_scaled` reaches
+GEMM = {  # tile M, N, K, warps, stages by major version; 0: the interpreter
+    0: (128, 128, 128, 4, 1),
+    8: (128, 64, 64, 8, 3),
+    9: (128, 256, 64, 8, 3),
+    10: (128, 256, 256, 8, 3),
+    12: (128, 128, 128, 8, 3),
+}
+
+
+def _cdiv(a, b):
+    return -(-a // b)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rounding, in registers.
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _float(i):
+    return i.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _hash(i):  # uint32 -> uint32: fp4._hash
+    i = (i ^ (i >> 16)) * 0x7FEB352D
+    i = (i ^ (i >> 15)) * 0x846CA68B
+    return i ^ (i >> 16)
+
+
+@triton.jit
+def _decode_scale(byte):  # E4M3 bytes 0 to 126, int32 -> FP32
+    subnormal = _float(byte | 0x4B000000) - 8388608.0  # (2^23 + byte) - 2^23
+    return tl.where(byte < 8, subnormal * 0.001953125, _float((byte << 20) + 0x3C000000))
+
+
+@triton.jit
+def _block_scales(block_amax, chain, HEADROOM: tl.constexpr):
+    """FP32 amaxes of blocks -> E4M3 bytes (int32), and factors into [-6, 6]; see `_scale_chain`."""
+    s = block_amax * tl.load(chain + 1)
+    if HEADROOM:
+        s = s * (17 / 16)
+    s = tl.minimum(s, 448.0)
+    magic = tl.maximum(_float(_bits(s) & 0x7F800000), 0.015625) * 1048576.0
+    s = (s + magic) - magic  # magic's ulp is E4M3's spacing at s
+    byte = tl.where(s < 0.015625, _bits(s + 16384.0) & 7, (_bits(s) >> 20) - 960)
+    byte = tl.where(block_amax == block_amax, byte, 0x7F)
+    return byte, tl.load(chain + 2 + byte)
+
+
+@triton.jit
+def _encode(y, index, seed, STOCHASTIC: tl.constexpr):
+    """Scaled values -> 4-bit codes, int32, on fp4._encode's three lines. Adding 2^23 rounds to an
+    integer, ties to even, and leaves it in the low bits."""
+    a = tl.minimum(tl.abs(y), 6.0)
+    if STOCHASTIC:
+        exact = tl.minimum(tl.minimum(2 * a, a + 2), 0.5 * a + 4)
+        code = exact.to(tl.int32)
+        u = (_hash(index ^ _hash(seed)) & 0xFFFFFF).to(tl.int32).to(tl.float32) * 2.0**-24
+        code += (u < exact - code.to(tl.float32)).to(tl.int32)
+    else:
+        lines = tl.minimum(2 * a + 8388608.0, a + 8388610.0)
+        code = _bits(tl.minimum(lines, 0.5 * a + 8388612.0)) & 7
+    return code | ((_bits(y) >> 28) & 8)
+
+
+@triton.jit
+def _pack_rows(c, M: tl.constexpr, K: tl.constexpr):  # (M, K) -> (M, K/2)
+    low, high = tl.split(tl.reshape(c, (M, K // 2, 2)))
+    return (low | (high << 4)).to(tl.uint8)
+
+
+@triton.jit
+def _row_pairs(x, K: tl.constexpr):  # (16, K) -> its even rows and its odd ones, (8, K)
+    return tl.split(tl.permute(tl.reshape(x, (8, 2, K)), (0, 2, 1)))
+
+
+@triton.jit
+def _rotate(x, K: tl.constexpr):
+    """fp4.rotate_tokens of 16 tokens, x (16, K): each of four rounds adds and subtracts
+    neighbouring rows, and sends the sums to the upper half and the differences to the lower."""
+    i = tl.arange(0, 16)[:, None]
+    x = tl.where((0xD3B4 >> i) & 1 == 1, -x, x)  # the bits of fp4.SIGNS
+    for _ in tl.static_range(4):
+        a, b = _row_pairs(x, K)
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (2, 0, 1)), (16, K))
+    return x * 0.25
+
+
+# ------------------------------------------------------------------------------------------------
+# Column statistics. Stage 1: a program adds up one part of the tokens, row after row, each thread
+# its own columns. Stage 2: a program adds the parts of its columns in pairs, and writes the mean
+# and the largest magnitude of the residual in its strip of columns.
+
+
+@triton.jit
+def _column_parts(x, parts, rows, cols, part_rows, BLOCK: tl.constexpr):
+    part, j = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    low = tl.full((BLOCK,), float("inf"), tl.float32)
+    high = tl.full((BLOCK,), float("-inf"), tl.float32)
+    first = part * part_rows
+    row = x + first.to(tl.int64) * cols + j
+    for _ in tl.range(first, tl.minimum(first + part_rows, rows), loop_unroll_factor=8):
+        v = tl.load(row, mask=j < cols, other=0.0).to(tl.float32)
+        row += cols
+        total += v
+        low = tl.minimum(low, tl.where(v == v, v, float("inf")))
+        high = tl.maximum(high, tl.where(v == v, v, float("-inf")))
+    out = parts + part * 3 * cols + j
+    tl.store(out, total, mask=j < cols)
+    tl.store(out + cols, low, mask=j < cols)
+    tl.store(out + 2 * cols, high, mask=j < cols)
+
+
+@triton.jit
+def _column_stats(
+    parts, mean, amax, rows, cols, CENTER: tl.constexpr, P: tl.constexpr, HALVINGS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cell = parts + tl.arange(0, P)[:, None] * 3 * cols + j[None, :]
+    inside = (j < cols)[None, :]
+    low = tl.min(tl.load(cell + cols, mask=inside, other=0.0), axis=0)
+    high = tl.max(tl.load(cell + 2 * cols, mask=inside, other=0.0), axis=0)
+    if CENTER:
+        total = tl.load(cell, mask=inside, other=0.0)
+        for n in tl.static_range(1, HALVINGS + 1):  # tl.sum's order is not the same everywhere
+            halves = tl.reshape(total, (2, P >> n, BLOCK))
+            a, b = tl.split(tl.permute(halves, (1, 2, 0)))
+            total = a + b
+        mu = tl.div_rn(tl.reshape(total, (BLOCK,)), rows * 1.0)
+        tl.store(mean + j, mu, mask=j < cols)
+        low, high = mu - low, high - mu
+    else:
+        low = -low
+    largest = tl.maximum(tl.where(low > 0, low, 0.0), tl.where(high > 0, high, 0.0))  # no NaN
+    tl.store(amax + tl.program_id(0), tl.max(largest, axis=0))
+
+
+@triton.jit
+def _scale_chain(amax, chain, n, N: tl.constexpr):
+    """From n partial amaxes a tensor's 130 constants: its scale, the factor from a block's amax to
+    its scale, and the factors into [-6, 6] for all block scales. Blocks then need no division."""
+    i = tl.arange(0, N)
+    largest = tl.max(tl.load(amax + i, mask=i < n, other=0.0), axis=0)
+    encode = tl.minimum(tl.div_rn(2688.0, largest), FP32_MAX)
+    encode = tl.where((largest == 0) | (encode == 0), 1.0, encode)
+    tl.store(chain, tl.div_rn(largest, 2688.0))
+    tl.store(chain + 1, encode * (1 / 6))
+    byte = tl.arange(0, 128)
+    inverse = tl.div_rn(1.0, _decode_scale(byte) * tl.div_rn(1.0, encode))
+    tl.store(chain + 2 + byte, tl.minimum(inverse, FP32_MAX))
+
+
+# ------------------------------------------------------------------------------------------------
+# Center and quantize. A program takes 16 tokens of its columns, and rounds them in blocks along the
+# row, a few tokens at a time, then, from cache, in blocks along tokens.
+
+
+@triton.jit
+def _residual(x, mean, i, j, rows, cols, CENTER: tl.constexpr):
+    inside = (i < rows)[:, None] & (j < cols)[None, :]
+    r = tl.load(x + i.to(tl.int64)[:, None] * cols + j[None, :], mask=inside, other=0.0)
+    r = r.to(tl.float32)
+    if CENTER:
+        r = tl.where(inside, r - tl.load(mean + j, mask=j < cols, other=0.0)[None, :], 0.0)
+    return r
+
+
+@triton.jit
+def _center_quantize(
+    x, mean, chain, chain_t, seeds, codes, scales, codes_t, scales_t, rows, cols, cols2, cols16,
+    CENTER: tl.constexpr, TOKENS: tl.constexpr, HADAMARD: tl.constexpr, STOCHASTIC: tl.constexpr,
+    HEADROOM: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    i0, j0 = tl.program_id(1) * 16, tl.program_id(0) * K
+    j, j2, j16 = j0 + tl.arange(0, K), j0 // 2 + tl.arange(0, K // 2), j0 // 16 + tl.arange(0, K // 16)
+    seed, seed_t = tl.zeros((), tl.uint32), tl.zeros((), tl.uint32)
+    if STOCHASTIC:
+        seed = tl.load(seeds).to(tl.uint32, bitcast=True)
+        seed_t = tl.load(seeds + 1).to(tl.uint32, bitcast=True)
+
+    for t in tl.range(0, 16, STEP):
+        i = i0 + t + tl.arange(0, STEP)
+        y = tl.reshape(_residual(x, mean, i, j, rows, cols, CENTER), (STEP, K // 16, 16))
+        block_amax = _float(tl.max(_bits(y) & 0x7FFFFFFF, axis=2))  # as integers NaN is the largest
+        byte, inverse = _block_scales(block_amax, chain, HEADROOM)
+        y = tl.reshape(y * tl.expand_dims(inverse, 2), (STEP, K))
+        row, index = i.to(tl.int64)[:, None], (i[:, None] * cols + j[None, :]).to(tl.uint32)
+        packed = _pack_rows(_encode(y, index, seed, STOCHASTIC), STEP, K)
+        tl.store(codes + row * cols2 + j2, packed, mask=(row < rows) & (j2 < cols2)[None, :])
+        byte = byte.to(tl.uint8)
+        tl.store(scales + row * cols16 + j16, byte, mask=(row < rows) & (j16 < cols16)[None, :])
+
+    if TOKENS:
+        i = i0 + tl.arange(0, 16)
+        r = _residual(x, mean, i, j, rows, cols, CENTER)
+        if HADAMARD:
+            r = _rotate(r, K)
+        block_amax = _float(tl.max(_bits(r) & 0x7FFFFFFF, axis=0))
+        byte, inverse = _block_scales(block_amax, chain_t, HEADROOM)
+        index = (i[:, None] * cols + j[None, :]).to(tl.uint32)
+        low, high = _row_pairs(_encode(r * inverse[None, :], index, seed_t, STOCHASTIC), K)
+        row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
+        packed = (low | (high << 4)).to(tl.uint8)
+        tl.store(codes_t + row * cols + j, packed, mask=(j < cols)[None, :])
+        tl.store(scales_t + tl.program_id(1) * cols + j, byte.to(tl.uint8), mask=j < cols)
+
+
+@triton.jit
+def _rotated_amax(x, mean, amax, rows, cols, CENTER: tl.constexpr, K: tl.constexpr):
+    """The largest magnitude in 16 rotated tokens x K columns: one more read of X."""
+    i, j = tl.program_id(1) * 16 + tl.arange(0, 16), tl.program_id(0) * K + tl.arange(0, K)
+    r = tl.abs(_rotate(_residual(x, mean, i, j, rows, cols, CENTER), K))
+    r = tl.where(r == r, r, 0.0)
+    tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(r))
+
+
+@triton.jit
+def _quantize_weight(w, chain, codes, codes_t, scales, n, m, m2, m16, K: tl.constexpr):
+    """W (n, m) in 16 x 16 blocks, packed along rows for fprop and along columns for dgrad."""
+    i0, j0 = tl.program_id(1) * 16, tl.program_id(0) * K
+    i, j = i0 + tl.arange(0, 16), j0 + tl.arange(0, K)
+    j2, j16 = j0 // 2 + tl.arange(0, K // 2), j0 // 16 + tl.arange(0, K // 16)
+    r = _residual(w, w, i, j, n, m, False)
+    block_amax = tl.reshape(tl.max(_bits(r) & 0x7FFFFFFF, axis=0), (K // 16, 16))
+    byte, inverse = _block_scales(_float(tl.max(block_amax, axis=1)), chain, False)
+    y = tl.reshape(r, (16, K // 16, 16)) * tl.expand_dims(tl.expand_dims(inverse, 0), 2)
+    c = _encode(tl.reshape(y, (16, K)), 0, 0, False)
+    row = i.to(tl.int64)[:, None]
+    tl.store(codes + row * m2 + j2, _pack_rows(c, 16, K), mask=(j2 < m2)[None, :])
+    low, high = _row_pairs(c, K)
+    row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
+    tl.store(codes_t + row * m + j, (low | (high << 4)).to(tl.uint8), mask=(j < m)[None, :])
+    tl.store(scales + tl.program_id(1) * m16 + j16, byte.to(tl.uint8), mask=j16 < m16)
+
+
+# ------------------------------------------------------------------------------------------------
+# GEMM: out (M, N) = a b' times both tensor scales, plus left (M) times right (N): the mean's
+# broadcast row in fprop and dgrad, its rank-one update in wgrad. 2 M N K FLOPs.
+
+
+@triton.jit
+def _decode(codes, scales, M: tl.constexpr, K2: tl.constexpr, DTYPE: tl.constexpr):
+    """Codes (M, K2), scale bytes (M, K2/8) -> values of the even and of the odd elements (M, K2).
+    E2M1's three bits, put across FP16's exponent and mantissa, are its value times 2^-14."""
+    s = scales.to(tl.int32)
+    s = tl.where(s == 0x7F, float("nan"), _decode_scale(s) * 16384.0)
+    s = tl.reshape(tl.broadcast_to(tl.expand_dims(s, 2), (M, K2 // 8, 8)), (M, K2))
+    c = codes.to(tl.uint16)
+    even = ((c & 7) << 9 | (c & 8) << 12).to(tl.float16, bitcast=True)
+    odd = ((c & 0x70) << 5 | (c & 0x80) << 8).to(tl.float16, bitcast=True)
+    return (even.to(tl.float32) * s).to(DTYPE), (odd.to(tl.float32) * s).to(DTYPE)
+
+
+@triton.jit
+def _load_nvfp4(
+    codes, scales, m, k, K2, stride_m, stride_k, scale_m, scale_k,
+    ROWS: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Codes and scale bytes of rows m, columns k to k + BK; zero beyond 2 K2."""
+    k2, k16 = k // 2 + tl.arange(0, BK // 2), k // 16 + tl.arange(0, BK // 16)
+    codes += m.to(tl.int64)[:, None] * stride_m + k2.to(tl.int64)[None, :] * stride_k
+    scales += (m // ROWS).to(tl.int64)[:, None] * scale_m + k16.to(tl.int64)[None, :] * scale_k
+    if EVEN:
+        return tl.load(codes), tl.load(scales)
+    inside, inside_s = (k2 < K2)[None, :], (k16 < K2 // 8)[None, :]
+    return tl.load(codes, mask=inside, other=0), tl.load(scales, mask=inside_s, other=0)
+
+
+@triton.jit
+def _bf16_bits(x):  # FP32 -> BF16 as uint16, ties to even; the interpreter's cast truncates
+    i = x.to(tl.uint32, bitcast=True)
+    i = tl.where(x == x, i + 0x7FFF + (i >> 16 & 1), 0x7FC00000)
+    return (i >> 16).to(tl.uint16)
+
+
+@triton.jit
+def _gemm(
+    a, a_scales, b, b_scales, scale_a, scale_b, left, right, out, M, N, K2,
+    a_m, a_k, as_m, as_k, b_n, b_k, bs_n, bs_k, left_m, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
+    RANK_ONE: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    pid, down, across = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+    group = pid // (GROUP * across)  # GROUP tiles high, so that L2 holds what its programs share
+    height = tl.minimum(down - group * GROUP, GROUP)
+    pm, pn = group * GROUP + pid % height, pid % (GROUP * across) // height
+    m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+    m_in, n_in = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, 2 * K2, BK):
+        ac, asc = _load_nvfp4(a, a_scales, m_in, k, K2, a_m, a_k, as_m, as_k, A_ROWS, BK, EVEN)
+        bc, bsc = _load_nvfp4(b, b_scales, n_in, k, K2, b_n, b_k, bs_n, bs_k, B_ROWS, BK, EVEN)
+        if NATIVE:
+            asc = asc.to(tl.float8e4nv, bitcast=True)
+            bsc = bsc.to(tl.float8e4nv, bitcast=True)
+            acc = tl.dot_scaled(ac, asc, "e2m1", tl.trans(bc), bsc, "e2m1", acc)
+        else:  # contracts the even columns, then the odd ones, so that nothing is interleaved
+            a_even, a_odd = _decode(ac, asc, BM, BK // 2, DTYPE)
+            b_even, b_odd = _decode(bc, bsc, BN, BK // 2, DTYPE)
+            acc = tl.dot(a_even, tl.trans(b_even), acc)
+            acc = tl.dot(a_odd, tl.trans(b_odd), acc)
+    y = acc * (tl.load(scale_a) * tl.load(scale_b))
+    if RANK_ONE:
+        y += tl.load(left + m_in * left_m)[:, None] * tl.load(right + n_in)[None, :]
+    out += m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out, _bf16_bits(y) if BF16 else y, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _decode_matrix(
+    codes, scales, out, M, K2, c_m, c_k, s_m, s_k,
+    ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """For cuBLAS: 0.5625 bytes an element read, 2 written."""
+    m, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BK
+    m_in = tl.minimum(m, M - 1)
+    c, s = _load_nvfp4(codes, scales, m_in, k, K2, c_m, c_k, s_m, s_k, ROWS, BK, False)
+    even, odd = _decode(c, s, BM, BK // 2, tl.float32)
+    y = tl.reshape(tl.join(_bf16_bits(even), _bf16_bits(odd)), (BM, BK))
+    k += tl.arange(0, BK)
+    out += m.to(tl.int64)[:, None] * (2 * K2) + k[None, :]
+    tl.store(out, y, mask=(m < M)[:, None] & (k < 2 * K2)[None, :])
+
+
+# ------------------------------------------------------------------------------------------------
+# The operators, registered so that torch.compile need not look inside.
+
+
+def _statistics(x, center):
+    """x (rows, cols) -> mean (cols,), or (0,) if not centered, and the residual's `_scale_chain`."""
+    rows, cols = x.shape
+    block, parts, strip = STATISTICS
+    parts = min(parts, triton.next_power_of_2(_cdiv(rows, 16)))
+    partial = x.new_empty((parts, 3, cols), dtype=torch.float32)
+    mean = x.new_empty(cols if center else 0, dtype=torch.float32)
+    amax = x.new_empty(_cdiv(cols, strip), dtype=torch.float32)
+    part_rows, halvings = _cdiv(rows, parts), parts.bit_length() - 1
+    _column_parts[_cdiv(cols, block), parts](x, partial, rows, cols, part_rows, block, num_warps=4)
+    _column_stats[(len(amax),)](
+        partial, mean, amax, rows, cols, center, parts, halvings, strip, num_warps=8
+    )
+    return mean, _chain(amax)
+
+
+def _chain(amax):
+    chain = amax.new_empty(130)
+    _scale_chain[(1,)](amax, chain, len(amax), triton.next_power_of_2(len(amax)), num_warps=4)
+    return chain
+
+
+@torch.library.custom_op("nanofp4::center_quantize", mutates_args=())
+def center_quantize(
+    x: Tensor, center: bool, tokens: bool, hadamard: bool, headroom: bool, seeds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Round x (l, m), BF16 or FP32, less its mean if center is set, to NVFP4.
+
+    tokens    also in blocks along tokens, hadamard: those rotated first
+    headroom  as in fp4.quantize
+    seeds     int32 (2,), for stochastic rounding along either axis; None: to nearest
+    Returns the mean (m,) or (0,), FP32; codes (l, m/2), scales (l, m/16), tensor scale (); and the
+    same along tokens, codes (l/2, m), scales (l/16, m), tensor scale (), with l padded to 16."""
+    x = x.contiguous()
+    rows, cols = x.shape
+    _, codes, scales, _, codes_t, scales_t, _ = _like_center_quantize(
+        x, center, tokens, hadamard, headroom, seeds
+    )
+    mean, chain = _statistics(x, center)
+    K, step, warps = QUANTIZE
+    grid = _cdiv(cols, K), _cdiv(rows, 16)
+    chain_t = chain
+    if tokens and hadamard:
+        amax = x.new_empty(grid, dtype=torch.float32)
+        _rotated_amax[grid](x, mean, amax, rows, cols, center, K, num_warps=warps)
+        chain_t = _chain(amax.amax(1))
+    _center_quantize[grid](
+        x, mean, chain, chain_t, seeds, codes, scales, codes_t, scales_t, rows, cols, cols // 2,
+        cols // 16, center, tokens, hadamard, seeds is not None, headroom, K, step, num_warps=warps,
+    )  # fmt: skip
+    return mean, codes, scales, chain[0].clone(), codes_t, scales_t, chain_t[0].clone()
+
+
+@center_quantize.register_fake
+def _like_center_quantize(x, center, tokens, hadamard, headroom, seeds):
+    (rows, cols), byte, fp32 = x.shape, torch.uint8, torch.float32
+    blocks = _cdiv(rows, 16) if tokens else 0
+    return (
+        x.new_empty(cols if center else 0, dtype=fp32),
+        x.new_empty((rows, cols // 2), dtype=byte),
+        x.new_empty((rows, cols // 16), dtype=byte),
+        x.new_empty((), dtype=fp32),
+        x.new_empty((blocks * 8, cols), dtype=byte),
+        x.new_empty((blocks, cols), dtype=byte),
+        x.new_empty((), dtype=fp32),
+    )
+
+
+@torch.library.custom_op("nanofp4::quantize_weight", mutates_args=())
+def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Round w (n, m), multiples of 16, to NVFP4 in 16 x 16 blocks: codes (n, m/2), the same codes
+    packed along rows (n/2, m), scales (n/16, m/16), tensor scale ()."""
+    w = w.contiguous()
+    n, m = w.shape
+    codes, codes_t, scales, _ = _like_quantize_weight(w)
+    _, chain = _statistics(w, False)
+    K, _, warps = QUANTIZE
+    _quantize_weight[_cdiv(m, K), n // 16](
+        w, chain, codes, codes_t, scales, n, m, m // 2, m // 16, K, num_warps=warps
+    )
+    return codes, codes_t, scales, chain[0].clone()
+
+
+@quantize_weight.register_fake
+def _like_quantize_weight(w):
+    n, m = w.shape
+    return (
+        w.new_empty((n, m // 2), dtype=torch.uint8),
+        w.new_empty((n // 2, m), dtype=torch.uint8),
+        w.new_empty((n // 16, m // 16), dtype=torch.uint8),
+        w.new_empty((), dtype=torch.float32),
+    )
+
+
+def _major_version():
+    return 0 if INTERPRET else triton.runtime.driver.active.get_current_target().arch // 10
+
+
+def gemm_fused(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
+    """`gemm` in one kernel."""
+    (M, K2), N, version = a.shape, len(b), _major_version()
+    BM, BN, BK, warps, stages = GEMM[version]
+    out = a.new_empty((M, N), dtype=dtype)
+    bf16, rank_one = dtype == torch.bfloat16, right is not None
+    _gemm[(_cdiv(M, BM) * _cdiv(N, BN),)](
+        a, a_scales, b, b_scales, scale_a, scale_b, left, right,
+        out.view(torch.uint16) if bf16 else out, M, N, K2, *a.stride(), *a_scales.stride(),
+        *b.stride(), *b_scales.stride(), left.stride(0) if rank_one else 0, M // len(a_scales),
+        N // len(b_scales), rank_one, bf16, version in NATIVE,
+        tl.float32 if INTERPRET else tl.bfloat16, 2 * K2 % BK == 0, BM, BN, BK, 8,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def decode(codes, scales):
+    """Codes (M, K/2), scales (M, K/16) or (M/16, K/16), of any strides -> their values without the
+    tensor scale, BF16 (M, K), exactly."""
+    M, K2 = codes.shape
+    out = codes.new_empty((M, 2 * K2), dtype=torch.bfloat16)
+    _decode_matrix[_cdiv(M, 32), _cdiv(K2, 64)](
+        codes, scales, out.view(torch.uint16), M, K2, *codes.stride(), *scales.stride(),
+        M // len(scales), 32, 128, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def gemm_cublas(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
+    """`gemm` by cuBLAS, on operands decoded to BF16."""
+    y = torch.mm(decode(a, a_scales), decode(b, b_scales).t(), out_dtype=torch.float32)
+    y *= scale_a * scale_b
+    if right is not None:
+        y.addcmul_(left[:, None], right)
+    return y.to(dtype)
+
+
+@functools.cache
+def _cublas_is_faster():
+    """Measured once a process, on a product of 4096 x 4096 x 4096."""
+    codes, scales = (
+        torch.randint(120, (4096, k), dtype=torch.uint8, device="cuda") for k in (2048, 256)
+    )
+    one = torch.ones((), device="cuda")
+    args = codes, scales, codes, scales, one, one, None, None, torch.bfloat16
+    cublas, fused = (
+        triton.testing.do_bench(lambda f=f: f(*args)) for f in (gemm_cublas, gemm_fused)
+    )
+    return cublas < fused
+
+
+def backend():
+    """What multiplies the codes on this machine, in words."""
+    if INTERPRET:
+        return "Triton's interpreter"
+    if _major_version() in NATIVE:
+        return "Triton, FP4 tensor cores"
+    return f"Triton, codes decoded to BF16 {'for cuBLAS' if _cublas_is_faster() else 'in the GEMM'}"
+
+
+@torch.library.custom_op("nanofp4::gemm", mutates_args=())
+def gemm(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, scale_a: Tensor, scale_b: Tensor,
+    left: Tensor | None, right: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """a b' + left' right, (M, N), in dtype (BF16 or FP32), accumulated in FP32.
+
+    a, b           codes (M, K/2), (N, K/2); scales (., K/16), or with 16 x 16 blocks (./16, K/16)
+    scale_a, _b    tensor scales (), FP32
+    left, right    FP32 (M,) and (N,), or None
+    On Blackwell the packed codes are multiplied. Elsewhere they are decoded to BF16, exactly: in
+    the kernel, or in a pass of its own before cuBLAS, whichever was faster on this GPU."""
+    fused = _major_version() in (0, *NATIVE) or not _cublas_is_faster()
+    return (gemm_fused if fused else gemm_cublas)(
+        a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype
+    )
+
+
+@gemm.register_fake
+def _(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
+    return a.new_empty((len(a), len(b)), dtype=dtype)
