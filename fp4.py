@@ -39,6 +39,8 @@ arithmetic up to the order of the FP32 sums. It cannot be faster than BF16; FP4 
 """
 
 import functools
+import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +50,14 @@ from torch.autograd.function import once_differentiable
 BLOCK = 16
 BLOCKS = {(1, 16): (2,), (16, 1): (1,), (16, 16): (1, 3)}  # and a block's axes in `_tile`
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
+SIGNS = 1, 1, -1, 1, -1, -1, 1, -1, -1, -1, 1, 1, -1, 1, -1, -1  # of `rotate_tokens`
 FP32_MAX = torch.finfo(torch.float32).max
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels.py on a CPU, to test it
+KERNEL_DEVICES = {"cuda", "cpu"} if INTERPRET else {"cuda"} if torch.version.cuda else set()
+if KERNEL_DEVICES and importlib.util.find_spec("triton"):
+    import kernels
+else:
+    KERNEL_DEVICES = set()
 
 # ------------------------------------------------------------------------------------------------
 # The number format: four passes over memory, plain functions that `fuse` can compile.
@@ -157,6 +166,7 @@ class NVFP4:
     tensor_scale  FP32 scalar, amax / 2688
     block         (bh, bw), one of BLOCKS
     rows          R before it was padded to a multiple of bh
+    codes_t       for W from kernels: the codes again, packed along rows, (R/2, C)
     """
 
     codes: torch.Tensor
@@ -164,9 +174,17 @@ class NVFP4:
     tensor_scale: torch.Tensor
     block: tuple[int, int]
     rows: int
+    codes_t: torch.Tensor | None = None
 
     def tensors(self):
         return self.codes, self.scales, self.tensor_scale
+
+    def along(self, axis):
+        """Codes and scale bytes, with this axis last, along which codes must be packed."""
+        scales = self.scales.view(torch.uint8)
+        if axis == 1:
+            return self.codes, scales
+        return (self.codes if self.codes_t is None else self.codes_t).t(), scales.t()
 
     def values(self):
         """E2M1 times block scale, (R, C), without the tensor scale: BF16 on a GPU, FP32 on a CPU,
@@ -304,21 +322,16 @@ def split_off(x, how):
     return left, right, x - left * right
 
 
-@functools.cache
-def _hadamard_matrix(dtype, device):
-    """16 x 16, orthonormal, with one fixed random sign per column, as in arXiv 2509.25149."""
-    h = torch.ones(1, 1, dtype=dtype)
-    while len(h) < BLOCK:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    signs = torch.tensor([1, 1, -1, 1, -1, -1, 1, -1, -1, -1, 1, 1, -1, 1, -1, -1], dtype=dtype)
-    return (h * signs / BLOCK**0.5).to(device)
-
-
 def rotate_tokens(x):
-    """x (l, m) -> (l padded to 16, m): every 16 tokens times one Hadamard matrix with random signs.
-    Both operands of wgrad get it, so it cancels in their product."""
-    x = F.pad(x, (0, 0, 0, -len(x) % BLOCK)).unflatten(0, (-1, BLOCK))
-    return (_hadamard_matrix(x.dtype, x.device) @ x).flatten(0, 1)
+    """x (l, m) -> (l padded to 16, m): every 16 tokens times one orthonormal Hadamard matrix with a
+    fixed random sign per column (arXiv 2509.25149), in four rounds of sums and differences of
+    neighbours. Both operands of wgrad get it, so it cancels in their product."""
+    rows = F.pad(x, (0, 0, 0, -len(x) % BLOCK)).unflatten(0, (-1, BLOCK)).unbind(1)
+    rows = [sign * row for sign, row in zip(SIGNS, rows, strict=True)]
+    for _ in range(4):
+        pairs = list(zip(rows[0::2], rows[1::2], strict=True))
+        rows = [a + b for a, b in pairs] + [a - b for a, b in pairs]
+    return (torch.stack(rows, 1) * 0.25).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -355,9 +368,47 @@ class _LinearBF16(torch.autograd.Function):
         return _mm(d_b, w_b).to(d.dtype), _mm(d_b.t(), x_b), None, None  # (l, m), (n, m)
 
 
-def _wgrad_operand(r, recipe, **rounding):
-    """NVFP4 of a residual with blocks along tokens."""
-    return quantize(rotate_tokens(r) if recipe.hadamard else r, block=(16, 1), **rounding)
+def _center_quantize(x, recipe, tokens=True, seeds=None):
+    """x (l, m) split into left (l, 1), right (1, m), and a residual, this in NVFP4 twice: in blocks
+    along features, and, if tokens is set, along tokens. seeds (2,): round stochastically."""
+    if x.device.type in KERNEL_DEVICES:
+        left, right, x = (None, None, x) if recipe.split == "mean" else split_off(x, recipe.split)
+        mean, codes, scales, scale, codes_t, scales_t, scale_t = kernels.center_quantize(
+            x, recipe.split == "mean", tokens, recipe.hadamard, recipe.headroom, seeds
+        )
+        if recipe.split == "mean":
+            left, right = mean.new_ones(()).expand(len(x), 1), mean[None]
+        rows = 2 * len(codes_t) if recipe.hadamard else len(x)
+        x_q = NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, (1, 16), len(x))
+        x_t = NVFP4(codes_t, scales_t.view(torch.float8_e4m3fn), scale_t, (16, 1), rows)
+        return left, right, x_q, x_t
+    left, right, r = split_off(x, recipe.split)
+    how = [{}, {}]
+    if seeds is not None:
+        how = [{"stochastic": True, "headroom": recipe.headroom, "seed": s} for s in seeds]
+    x_t = None
+    if tokens:
+        x_t = quantize(rotate_tokens(r) if recipe.hadamard else r, block=(16, 1), **how[1])
+    return left, right, quantize(r, **how[0]), x_t
+
+
+def _quantize_weight(w):
+    if w.device.type in KERNEL_DEVICES:
+        codes, codes_t, scales, scale = kernels.quantize_weight(w)
+        return NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, (16, 16), len(w), codes_t)
+    return quantize(w, block=(16, 16))
+
+
+def _gemm(a, b, axes, left, right, dtype):
+    """The product of two NVFP4 matrices, contracted over a's axis axes[0] and b's axis axes[1],
+    plus left (M, 1) times right (1, N), in dtype."""
+    if a.tensor_scale.device.type in KERNEL_DEVICES:
+        part = (None, None) if right is None else (left[:, 0], right[0])
+        scales = a.tensor_scale, b.tensor_scale
+        return kernels.gemm(*a.along(axes[0]), *b.along(axes[1]), *scales, *part, dtype)
+    p, q = a.values(), b.values()
+    y = _mm(p if axes[0] else p.t(), q.t() if axes[1] else q).mul_(a.tensor_scale * b.tensor_scale)
+    return (y if right is None else y.addcmul_(left, right)).to(dtype)
 
 
 class _LinearFP4(torch.autograd.Function):
@@ -365,49 +416,47 @@ class _LinearFP4(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, recipe, keep):  # x (l, m), w (n, m)
-        left, mu, r = split_off(x, recipe.split)
-        x_q, w_q = quantize(r), quantize(w, block=(16, 16))
+        left, mu, x_q, x_t = _center_quantize(x, recipe, keep)
+        w_q = _quantize_weight(w)
 
         # ------------ fprop: Y (l, n) = left (mu W') + R~ W~' ------------
-        y = _mm(x_q.values(), w_q.values().t()).mul_(x_q.tensor_scale * w_q.tensor_scale)
+        row = None
         if mu is not None:
             mu = quantize(mu).dequantize() if recipe.fp4_mean else mu
-            y.addcmul_(left, mu @ (w_q.dequantize() if recipe.fp4_mean_weight else w).t())
+            row = mu @ (w_q.dequantize() if recipe.fp4_mean_weight else w).t()
+        y = _gemm(x_q, w_q, (1, 1), left, row, x.dtype)
 
         if keep:  # of x, backward gets 4.5 bits a value and the mean
-            x_q = _wgrad_operand(r, recipe)
-            ctx.save_for_backward(w, *w_q.tensors(), *x_q.tensors(), left, mu)
-            ctx.recipe, ctx.rows = recipe, x_q.rows
-        return y.to(x.dtype)
+            ctx.save_for_backward(w, *w_q.tensors(), w_q.codes_t, *x_t.tensors(), left, mu)
+            ctx.recipe, ctx.rows = recipe, x_t.rows
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):  # (l, n)
         recipe = ctx.recipe
         w, *saved, left_x, mu = ctx.saved_tensors
-        w_q = NVFP4(*saved[:3], (16, 16), len(w))
-        x_q = NVFP4(*saved[3:], (16, 1), ctx.rows)
-        left_d, nu, s = split_off(d, recipe.split)
+        w_q = NVFP4(*saved[:3], (16, 16), len(w), saved[3])
+        x_t = NVFP4(*saved[4:], (16, 1), ctx.rows)
         seeds = _draw_seeds(3, d.device)
-        rounding = {"stochastic": True, "headroom": recipe.headroom}
-        if recipe.fp4_mean:
-            nu = quantize(nu, seed=seeds[2], **rounding).dequantize()
+        left, nu, d_q, d_t = _center_quantize(d, recipe, True, seeds[:2])
 
         # ------------ dgrad: dX (l, m) = left (nu W) + S~ W~ ------------
-        d_q = quantize(s, seed=seeds[0], **rounding)
-        dx = _mm(d_q.values(), w_q.values()).mul_(d_q.tensor_scale * w_q.tensor_scale)
+        row = outer = None
         if nu is not None:
-            dx.addcmul_(left_d, nu @ (w_q.dequantize() if recipe.fp4_mean_weight else w))
+            if recipe.fp4_mean:
+                how = {"stochastic": True, "headroom": recipe.headroom, "seed": seeds[2]}
+                nu = quantize(nu, **how).dequantize()
+            row = nu @ (w_q.dequantize() if recipe.fp4_mean_weight else w)
+            outer = nu.t() * (len(d) if recipe.split == "mean" else (left * left_x).sum())
+        dx = _gemm(d_q, w_q, (1, 0), left, row, d.dtype)
 
         # ------------ wgrad: dW (n, m) = nu' (left_d' left_x) mu + S~' R~ ------------
-        d_q = _wgrad_operand(s, recipe, seed=seeds[1], **rounding)
-        dw = _mm(d_q.values().t(), x_q.values()).mul_(d_q.tensor_scale * x_q.tensor_scale)
-        if nu is not None:
-            dw.addmm_(nu.t() * (left_d * left_x).sum(), mu)  # the sum is l for means
+        dw = _gemm(d_t, x_t, (0, 0), outer, mu, w.dtype)
         if recipe.cross_terms:  # nu' (left_d' R~) + (S~' left_x) mu
-            dw.addmm_(nu.t(), left_d.t() @ x_q.dequantize())
-            dw.addmm_(d_q.dequantize().t() @ left_x, mu)
-        return dx.to(d.dtype), dw, None, None
+            dw.addmm_(nu.t(), left.t() @ x_t.dequantize())
+            dw.addmm_(d_t.dequantize().t() @ left_x, mu)
+        return dx, dw, None, None
 
 
 class FP4Linear(torch.nn.Linear):

@@ -35,9 +35,9 @@ NATIVE = 10, 12  # major versions of GPUs with FP4 tensor cores that `tl.dot_sca
 GEMM = {  # tile M, N, K, warps, stages by major version; 0: the interpreter
     0: (128, 128, 128, 4, 1),
     8: (128, 64, 64, 8, 3),
-    9: (128, 256, 64, 8, 3),
+    9: (128, 128, 64, 8, 3),
     10: (128, 256, 256, 8, 3),
-    12: (128, 128, 128, 8, 3),
+    12: (128, 64, 128, 8, 3),
 }
 
 
@@ -326,7 +326,7 @@ def _gemm(
     height = tl.minimum(down - group * GROUP, GROUP)
     pm, pn = group * GROUP + pid % height, pid % (GROUP * across) // height
     m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-    m_in, n_in = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
+    m_in, n_in = m % M, n % N  # loads stay inside, and vectorized along either axis
     acc = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(0, 2 * K2, BK):
         ac, asc = _load_nvfp4(a, a_scales, m_in, k, K2, a_m, a_k, as_m, as_k, A_ROWS, BK, EVEN)
@@ -349,17 +349,16 @@ def _gemm(
 
 @triton.jit
 def _decode_matrix(
-    codes, scales, out, M, K2, c_m, c_k, s_m, s_k,
+    codes, scales, out, M, K2, c_m, c_k, s_m, s_k, o_m, o_k,
     ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """For cuBLAS: 0.5625 bytes an element read, 2 written."""
     m, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BK
-    m_in = tl.minimum(m, M - 1)
-    c, s = _load_nvfp4(codes, scales, m_in, k, K2, c_m, c_k, s_m, s_k, ROWS, BK, False)
+    c, s = _load_nvfp4(codes, scales, m % M, k, K2, c_m, c_k, s_m, s_k, ROWS, BK, False)
     even, odd = _decode(c, s, BM, BK // 2, tl.float32)
     y = tl.reshape(tl.join(_bf16_bits(even), _bf16_bits(odd)), (BM, BK))
     k += tl.arange(0, BK)
-    out += m.to(tl.int64)[:, None] * (2 * K2) + k[None, :]
+    out += m.to(tl.int64)[:, None] * o_m + k.to(tl.int64)[None, :] * o_k
     tl.store(out, y, mask=(m < M)[:, None] & (k < 2 * K2)[None, :])
 
 
@@ -484,12 +483,14 @@ def gemm_fused(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
 
 def decode(codes, scales):
     """Codes (M, K/2), scales (M, K/16) or (M/16, K/16), of any strides -> their values without the
-    tensor scale, BF16 (M, K), exactly."""
+    tensor scale, BF16 (M, K), exactly, in the same order in memory."""
     M, K2 = codes.shape
     out = codes.new_empty((M, 2 * K2), dtype=torch.bfloat16)
-    _decode_matrix[_cdiv(M, 32), _cdiv(K2, 64)](
+    if codes.stride(0) == 1:
+        out = out.view(-1, M).t()
+    _decode_matrix[_cdiv(M, 64), _cdiv(K2, 32)](
         codes, scales, out.view(torch.uint16), M, K2, *codes.stride(), *scales.stride(),
-        M // len(scales), 32, 128, num_warps=4,
+        *out.stride(), M // len(scales), 64, 64, num_warps=4,
     )  # fmt: skip
     return out
 
