@@ -1,13 +1,17 @@
-"""Time the quantizer and a training step. On a CPU only ratios within one run mean anything.
+"""Time the quantizer, the kernels and a training step. On a CPU only ratios within one run count.
 
-python bench.py                      the quantizer on one thread, then steps of the nano preset
-python bench.py --preset small --rounds 20
+python bench.py                      the quantizer, the kernels on a GPU, steps of the nano preset
+python bench.py --preset 124m --precisions bf16 fp4 fp4_mean fp4_hadamard
+python bench.py --resources          what the compiler makes of each kernel; needs no GPU
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import statistics
+import subprocess
+import tempfile
 import time
 
 import torch
@@ -15,6 +19,8 @@ import torch
 import fp4
 from model import GPT
 from train import PRESETS, Config, make_optimizer
+
+SIZES = (8192, 1024), (8192, 4096), (16384, 8192)  # tokens, features
 
 
 def seconds(run, repeats, device):
@@ -30,7 +36,7 @@ def seconds(run, repeats, device):
 
 
 def quantizer(device, repeats=50):
-    """ns a value for quantize (amax, scales, codes, packing), a 2048 x 1024 FP32 matrix."""
+    """ns a value for fp4.quantize (amax, scales, codes, packing), a 2048 x 1024 FP32 matrix."""
     x = torch.randn(2048, 1024, device=device)
     cases = {
         "1x16": {},
@@ -44,7 +50,7 @@ def quantizer(device, repeats=50):
         for a in cases.values()
     ]
     start = time.perf_counter()
-    backend = fp4.fuse() if device.type == "cpu" else "plain PyTorch on the GPU"
+    backend = fp4.fuse()
     fused = [
         (seconds(lambda a=a: fp4.quantize(x, **a), repeats, device), fp4.quantize(x, **a))
         for a in cases.values()
@@ -59,13 +65,93 @@ def quantizer(device, repeats=50):
     print(f"{backend}; compiled and measured in {total:.0f} s")
 
 
+def gpu_seconds(run, inputs, repeats=20):
+    """Median GPU time of run(*input), by a CUDA graph over all inputs: they take turns, so that
+    none is found in L2, and nothing waits for Python."""
+    run(*inputs[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for args in inputs:
+            run(*args)
+    times = []
+    for _ in range(repeats + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e-3 / len(inputs))
+    return statistics.median(times[1:])
+
+
+def kernel_table(device):
+    """The kernels against two limits measured in the same run: a device-to-device copy of 1 GiB,
+    and cuBLAS's BF16 product of the same shape."""
+    if device.type != "cuda":
+        print("kernels: not measured, for want of a CUDA GPU")
+        return
+    from kernels import backend, center_quantize, gemm_cublas, gemm_fused
+    from kernels import round_residual as round_
+    from kernels import statistics as stats
+
+    def random(*shape):
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    a, b = random(1 << 29), random(1 << 29)
+    copy = 4 * a.numel() / gpu_seconds(b.copy_, [(a,)])
+    del a, b
+    print(f"{backend()}; copy {copy / 1e12:.2f} TB/s")
+    print(f"{'tokens x features':42} {'us':>9} {'TB/s':>6} {'/ copy':>7}")
+    seeds = torch.tensor([1, 2], dtype=torch.int32, device=device)
+    for rows, cols in SIZES:
+        copies = max(2, (1 << 28) // (2 * rows * cols))  # 256 MB, several times any L2
+        inputs = [(random(rows, cols), *stats(random(rows, cols), True)) for _ in range(copies)]
+        cases = {
+            "statistics, mean": (2, lambda x, *_: stats(x, True)),
+            "statistics, no mean": (2, lambda x, *_: stats(x, False)),
+            "round, to nearest": (3.125, lambda *a: round_(*a, True, False, False, None)),
+            "round, stochastic": (3.125, lambda *a: round_(*a, True, False, False, seeds)),
+            "rotate and round, stochastic": (
+                5.125,
+                lambda *a: round_(*a, True, True, False, seeds),
+            ),
+        }
+        for name, (size, run) in cases.items():
+            t = gpu_seconds(run, inputs)
+            rate = size * rows * cols / t
+            label = f"{rows} x {cols} {name}"
+            print(f"{label:42} {t * 1e6:9.1f} {rate / 1e12:6.2f} {rate / copy:7.1%}")
+        del inputs
+    print(f"{'GEMM, M x N = K':42} {'us':>9} {'TFLOP/s':>8} {'/ cuBLAS BF16':>14}")
+    for m, n in SIZES:
+        pairs = [(random(m, n), random(n, n)) for _ in range(4)]
+        operands = []
+        for pair in pairs:
+            (_, a, a_s, sa, *_), (_, b, b_s, sb, *_) = (
+                center_quantize(x, False, False, False, False, None) for x in pair
+            )
+            one = torch.ones(m, device=device), torch.ones(n, device=device)
+            operands.append((a, a_s, b, b_s, sa, sb, *one, torch.bfloat16))
+        runs = {
+            "cuBLAS BF16": (lambda a, b: a @ b.t(), pairs),
+            "FP4, one kernel": (gemm_fused, operands),
+            "FP4, decoded for cuBLAS": (gemm_cublas, operands),
+        }
+        times = {name: gpu_seconds(*run) for name, run in runs.items()}
+        for name, t in times.items():
+            share = times["cuBLAS BF16"] / t
+            label = f"{m} x {n} {name}"
+            print(f"{label:42} {t * 1e6:9.1f} {2e-12 * m * n * n / t:8.0f} {share:14.1%}")
+
+
 def step(preset, precisions, rounds, device):
     """Median time of a training step by precision, the precisions taking turns."""
     values = json.loads((PRESETS / f"{preset}.json").read_text())
     config = Config(**values, vocab_size=4096)
     shape = (config.batch_size // config.grad_accum, config.block_size + 1)
     window = torch.randint(config.vocab_size, shape, device=device)
-    runs = {}
+    runs, memory = {}, {}
     for precision in precisions:
         model = GPT(dataclasses.replace(config, precision=precision)).to(device)
         optimizer = make_optimizer(model, config)
@@ -79,17 +165,106 @@ def step(preset, precisions, rounds, device):
         start = time.perf_counter()
         run()
         print(f"{precision:20} first step {time.perf_counter() - start:6.1f} s")
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            memory[precision] = torch.cuda.max_memory_allocated() - before
         runs[precision] = run
     times = {precision: [] for precision in runs}
     for _ in range(rounds):
         for precision, run in runs.items():
             times[precision].append(seconds(run, 1, device))
-    base = statistics.median(times["bf16"])
-    vanilla = statistics.median(times["fp4"])
-    print(f"{preset + ' step':20} {'ms':>8} {'/ bf16':>8} {'/ fp4':>8}")
+    times = {precision: statistics.median(t) for precision, t in times.items()}
+    columns = "ms", "tokens/s", "/ bf16", "/ fp4", "peak GB"
+    print(f"{preset + ' step':20}" + "".join(f"{c:>12}" for c in columns))
     for precision, t in times.items():
-        t = statistics.median(t)
-        print(f"{precision:20} {t * 1e3:8.1f} {t / base:8.3f} {t / vanilla:8.3f}")
+        ratio = [f"{t / times[base]:.3f}" if base in times else "-" for base in ("bf16", "fp4")]
+        gb = f"{memory[precision] / 1e9:.2f}" if memory else "-"
+        cells = f"{t * 1e3:.1f}", f"{window[:, 1:].numel() / t:,.0f}", *ratio, gb
+        print(f"{precision:20}" + "".join(f"{c:>12}" for c in cells))
+
+
+def compiled(arch):
+    """Every kernel as its launcher configures it, compiled for a GPU that need not be there: case,
+    kernel's name, Triton's CompiledKernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    import kernels
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
+        get_current_device = staticmethod(lambda: arch)  # the key of Triton's cache
+        get_current_stream = staticmethod(lambda device: 0)
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+    launches, launch = [], JITFunction.run
+
+    def warm_up(self, *args, **kwargs):
+        launches.append((self.fn.__name__, launch(self, *args, **{**kwargs, "warmup": True})))
+
+    def byte(*shape):
+        return torch.zeros(shape, dtype=torch.uint8)
+
+    x = torch.zeros(4096, 1024, dtype=torch.bfloat16)
+    seeds, one, row = torch.zeros(2, dtype=torch.int32), torch.ones(()), torch.zeros(1024)
+    a, a_s, a_t, a_ts = byte(4096, 512), byte(4096, 64), byte(2048, 1024).t(), byte(256, 1024).t()
+    w, w_s, w_t = byte(1024, 512), byte(64, 64), byte(512, 1024).t()
+    args = one, one, one.expand(4096), row
+    cases = {
+        "centered": lambda: kernels.center_quantize(x, True, True, False, False, None),
+        "stochastic": lambda: kernels.center_quantize(x, True, True, False, False, seeds),
+        "rotated": lambda: kernels.center_quantize(x, True, True, True, False, seeds),
+        "FP32": lambda: kernels.center_quantize(x.float(), False, True, False, False, seeds),
+        "weight": lambda: kernels.quantize_weight(torch.zeros(1024, 1024)),
+        "fprop": lambda: kernels.gemm_fused(a, a_s, w, w_s, *args, x.dtype),
+        "dgrad": lambda: kernels.gemm_fused(a, a_s, w_t, w_s.t(), *args, x.dtype),
+        "wgrad": lambda: kernels.gemm_fused(a_t, a_ts, a_t, a_ts, one, one, row, row, row.dtype),
+        "rows": lambda: kernels.decode(a, a_s),
+        "columns": lambda: kernels.decode(a_t, a_ts),
+    }
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = warm_up
+    for case, run in cases.items():
+        run()
+        yield from ((case, *kernel) for kernel in launches)
+        launches.clear()
+    JITFunction.run = launch
+
+
+def resources(targets=(80, 90, 100, 120)):
+    """Registers, shared memory and spills by ptxas, the widest load, and the tensor core's verb."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    head = f"{'kernel':18} {'case':11} {'target':8}"
+    print(f"{head} {'registers':>9} {'shared':>7} {'spilled':>7} {'load':>5}  tensor cores")
+    loads = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "v2.b32": 8, "v2.b64": 16, "v4.b32": 16}
+    for arch in targets:
+        seen = set()
+        for case, name, kernel in compiled(arch):
+            ptx = kernel.asm["ptx"]
+            if (name, ptx) in seen:
+                continue
+            seen.add((name, ptx))
+            target = re.search(r"\.target (\w+)", ptx).group(1)
+            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+                file.write(ptx)
+                file.flush()
+                command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", file.name]
+                report = subprocess.run(
+                    [*command, "-o", "/dev/null"], check=True, capture_output=True, text=True
+                ).stderr
+            registers = re.search(r"Used (\d+) registers", report).group(1)
+            spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+            widths = [loads[w] for w in re.findall(r"ld\.global\.(?:\w+::\w+\.)*([\w.]+)", ptx)]
+            widths += [int(n, 16) for n in re.findall(r"cp\.async\.c.*?, (0x\w+),", ptx)]
+            verbs = set(re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S+", ptx))
+            print(
+                f"{name.strip('_'):18} {case:11} {target:8} {registers:>9} "
+                f"{kernel.metadata.shared:7} {spilled:7} {max(widths):5}  {' '.join(verbs) or '-'}"
+            )
 
 
 def main():
@@ -107,13 +282,19 @@ def main():
         "--threads", type=int, default=torch.get_num_threads(), help="for the steps"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resources", action="store_true", help="compile the kernels, and no more")
     args = parser.parse_args()
+    if args.resources:
+        resources()
+        return
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}")
-    torch.set_num_threads(1)
-    quantizer(device)
-    torch.set_num_threads(args.threads)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        quantizer(device)
+        torch.set_num_threads(args.threads)
+    kernel_table(device)
     step(args.preset, args.precisions, args.rounds, device)
 
 

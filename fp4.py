@@ -262,8 +262,15 @@ def fuse():
     except Exception as error:  # compiler errors have no common type
         _block_amax, _block_scales, _encode, _decode = plain
         reason = str(error).strip().splitlines()[0]
-        return f"FP4 passes: plain PyTorch, slow, for want of a working C++ compiler ({reason})"
-    return "FP4 passes: fused by torch.compile"
+        return f"FP4: plain PyTorch, slow, for want of a working C++ compiler ({reason})"
+    return "FP4: passes fused by torch.compile"
+
+
+def backend(device):
+    """Make FP4 fast on a torch.device; returns a line that says what runs there."""
+    if device.type in KERNEL_DEVICES:
+        return f"FP4: {kernels.backend()}"
+    return fuse() if device.type == "cpu" else "FP4: plain PyTorch, slow, for want of Triton"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def _column_parts(x, parts, rows, cols, part_rows, BLOCK: tl.constexpr):
 def _column_stats(
     parts, mean, amax, rows, cols, CENTER: tl.constexpr, P: tl.constexpr, HALVINGS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     cell = parts + tl.arange(0, P)[:, None] * 3 * cols + j[None, :]
     inside = (j < cols)[None, :]
@@ -213,7 +213,11 @@ def _center_quantize(
     HEADROOM: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     i0, j0 = tl.program_id(1) * 16, tl.program_id(0) * K
-    j, j2, j16 = j0 + tl.arange(0, K), j0 // 2 + tl.arange(0, K // 2), j0 // 16 + tl.arange(0, K // 16)
+    j, j2, j16 = (
+        j0 + tl.arange(0, K),
+        j0 // 2 + tl.arange(0, K // 2),
+        j0 // 16 + tl.arange(0, K // 16),
+    )
     seed, seed_t = tl.zeros((), tl.uint32), tl.zeros((), tl.uint32)
     if STOCHASTIC:
         seed = tl.load(seeds).to(tl.uint32, bitcast=True)
@@ -366,8 +370,8 @@ def _decode_matrix(
 # The operators, registered so that torch.compile need not look inside.
 
 
-def _statistics(x, center):
-    """x (rows, cols) -> mean (cols,), or (0,) if not centered, and the residual's `_scale_chain`."""
+def statistics(x, center):
+    """x (rows, cols) -> mean (cols,) or, not centered, (0,), and the residual's `_scale_chain`."""
     rows, cols = x.shape
     block, parts, strip = STATISTICS
     parts = min(parts, triton.next_power_of_2(_cdiv(rows, 16)))
@@ -388,23 +392,12 @@ def _chain(amax):
     return chain
 
 
-@torch.library.custom_op("nanofp4::center_quantize", mutates_args=())
-def center_quantize(
-    x: Tensor, center: bool, tokens: bool, hadamard: bool, headroom: bool, seeds: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Round x (l, m), BF16 or FP32, less its mean if center is set, to NVFP4.
-
-    tokens    also in blocks along tokens, hadamard: those rotated first
-    headroom  as in fp4.quantize
-    seeds     int32 (2,), for stochastic rounding along either axis; None: to nearest
-    Returns the mean (m,) or (0,), FP32; codes (l, m/2), scales (l, m/16), tensor scale (); and the
-    same along tokens, codes (l/2, m), scales (l/16, m), tensor scale (), with l padded to 16."""
-    x = x.contiguous()
-    rows, cols = x.shape
+def round_residual(x, mean, chain, tokens, hadamard, headroom, seeds):
+    """What `center_quantize` returns, given the statistics of x."""
+    (rows, cols), center = x.shape, len(mean) > 0
     _, codes, scales, _, codes_t, scales_t, _ = _like_center_quantize(
         x, center, tokens, hadamard, headroom, seeds
     )
-    mean, chain = _statistics(x, center)
     K, step, warps = QUANTIZE
     grid = _cdiv(cols, K), _cdiv(rows, 16)
     chain_t = chain
@@ -417,6 +410,22 @@ def center_quantize(
         cols // 16, center, tokens, hadamard, seeds is not None, headroom, K, step, num_warps=warps,
     )  # fmt: skip
     return mean, codes, scales, chain[0].clone(), codes_t, scales_t, chain_t[0].clone()
+
+
+@torch.library.custom_op("nanofp4::center_quantize", mutates_args=())
+def center_quantize(
+    x: Tensor, center: bool, tokens: bool, hadamard: bool, headroom: bool, seeds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Round x (l, m), BF16 or FP32, less its mean if center is set, to NVFP4.
+
+    tokens    also in blocks along tokens, hadamard: those rotated first
+    headroom  as in fp4.quantize
+    seeds     int32 (2,), for stochastic rounding along either axis; None: to nearest
+    Returns the mean (m,) or (0,), FP32; codes (l, m/2), scales (l, m/16), tensor scale (); and the
+    same along tokens, codes (l/2, m), scales (l/16, m), tensor scale (), with l padded to 16."""
+    x = x.contiguous()
+    mean, chain = statistics(x, center)
+    return round_residual(x, mean, chain, tokens, hadamard, headroom, seeds)
 
 
 @center_quantize.register_fake
@@ -441,7 +450,7 @@ def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w = w.contiguous()
     n, m = w.shape
     codes, codes_t, scales, _ = _like_quantize_weight(w)
-    _, chain = _statistics(w, False)
+    _, chain = statistics(w, False)
     K, _, warps = QUANTIZE
     _quantize_weight[_cdiv(m, K), n // 16](
         w, chain, codes, codes_t, scales, n, m, m // 2, m // 16, K, num_warps=warps
@@ -467,7 +476,7 @@ def _major_version():
 def gemm_fused(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
     """`gemm` in one kernel."""
     (M, K2), N, version = a.shape, len(b), _major_version()
-    BM, BN, BK, warps, stages = GEMM[version]
+    BM, BN, BK, warps, stages = GEMM.get(version, GEMM[8])
     out = a.new_empty((M, N), dtype=dtype)
     bf16, rank_one = dtype == torch.bfloat16, right is not None
     _gemm[(_cdiv(M, BM) * _cdiv(N, BN),)](

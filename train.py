@@ -319,8 +319,9 @@ def train(config, resume):
         f"{config.precision} on {world.size} x {name}: {parameters / 1e6:.2f} M parameters, "
         f"{config.dataset} {len(train_tokens):,} tokens, {tokens_per_step:,} a step"
     )
-    if device.type == "cpu" and fp4.RECIPES[config.precision].format == "nvfp4":
-        world.print(fp4.fuse())
+    if fp4.RECIPES[config.precision].format == "nvfp4":
+        line = fp4.backend(device)
+        world.print(line)
     forward = torch.compile(model) if config.compile else model
     if world.size > 1:
         forward = DistributedDataParallel(

@@ -835,7 +835,7 @@ def in_a_new_process(f):
 
 def test_fused_passes_give_the_same_bits():
     line, equal, added = in_a_new_process(fused_and_plain)
-    assert line == "FP4 passes: fused by torch.compile"
+    assert line == "FP4: passes fused by torch.compile"
     assert all(equal), equal
     assert added == 0  # or every weight shape costs seconds, until torch.compile gives up
 
@@ -844,5 +844,5 @@ def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before helps
     monkeypatch.setenv("CXX", "/nonexistent")
     line, equal, _ = in_a_new_process(fused_and_plain)
-    assert line.startswith("FP4 passes: plain PyTorch") and "\n" not in line
+    assert line.startswith("FP4: plain PyTorch") and "\n" not in line
     assert all(equal), equal

@@ -1,0 +1,480 @@
+"""Every kernel against its plain twin in fp4.py, bit for bit: on a GPU if there is one, else in
+Triton's interpreter. And what the compiler makes of them for GPUs that are not there."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fp4
+from data.shards import write_dataset
+from data.vocab import encode, get_encoding
+from model import GPT, ModelConfig
+
+kernels = pytest.importorskip("kernels", reason="kernels.py needs Triton")
+
+ROOT = Path(__file__).parents[1]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INF, NAN = float("inf"), float("nan")
+FP4_RECIPES = [name for name, r in fp4.RECIPES.items() if r.format == "nvfp4"]
+needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA GPU")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on inf and 1/0
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """FP4Linear takes the kernels on this machine's device."""
+    monkeypatch.setattr(fp4, "kernels", kernels, raising=False)
+    monkeypatch.setattr(fp4, "KERNEL_DEVICES", {DEVICE.type})
+
+
+def matrix(rows, cols, dtype=torch.float32, seed=0):
+    """Tokens with a mean, features of very different size."""
+    g = torch.Generator().manual_seed(seed)
+    size = torch.exp2(torch.randint(-8, 8, (cols,), generator=g))
+    mean = 3 * torch.randn(cols, generator=g)
+    return ((torch.randn(rows, cols, generator=g) + mean) * size).to(dtype)
+
+
+def same(got, want):
+    """The same bits, any NaN equal to any NaN; scales as E4M3."""
+    got, want = (t.cpu().float().numpy() for t in (got, want))
+    assert got.shape == want.shape
+    np.testing.assert_array_equal(
+        got.view(np.int32)[~np.isnan(want)], want.view(np.int32)[~np.isnan(want)]
+    )
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+
+
+def round_both(x, center=False, hadamard=False, headroom=False, seeds=None):
+    """x by the kernel: mean and two NVFP4s; and by the twin, given the kernel's mean."""
+    ints = None if seeds is None else torch.tensor(seeds, dtype=torch.int32, device=DEVICE)
+    mean, codes, scales, scale, codes_t, scales_t, scale_t = kernels.center_quantize(
+        x.to(DEVICE), center, True, hadamard, headroom, ints
+    )
+    row = codes, scales.view(torch.float8_e4m3fn), scale
+    column = codes_t, scales_t.view(torch.float8_e4m3fn), scale_t
+    r = x.float() - mean.cpu() if center else x.float()
+    how = [{"stochastic": True, "seed": s, "headroom": headroom} for s in seeds or ()] or [{}, {}]
+    wanted = (
+        fp4.quantize(r, **how[0]),
+        fp4.quantize(fp4.rotate_tokens(r) if hadamard else r, block=(16, 1), **how[1]),
+    )
+    return mean, (row, column), [w.tensors() for w in wanted]
+
+
+# ------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def in_order(x, parts):
+    """Column sums in the kernel's order, FP32: a part row after row, then the parts in halves."""
+    rows = -(-len(x) // parts)
+    total = np.zeros((parts, x.shape[1]), np.float32)
+    for i, row in enumerate(x.float().numpy()):
+        total[i // rows] += row
+    while len(total) > 1:
+        total = total[: len(total) // 2] + total[len(total) // 2 :]
+    return total[0] / np.float32(len(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows,cols", [(1, 16), (15, 48), (16, 32), (100, 1040), (2100, 16)])
+def test_mean_and_amax(rows, cols, dtype):
+    x = matrix(rows, cols, dtype)
+    mean, chain = (t.cpu() for t in kernels.statistics(x.to(DEVICE), True))
+    parts = min(128, 2 ** math.ceil(math.log2(-(-rows // 16))))
+    same(mean, torch.from_numpy(in_order(x, parts)))
+    # sums of a part's rows, of log2(parts) halves, and one division, each within 2^-24
+    roundings = -(-rows // parts) + math.log2(parts) + 1
+    error = (mean.double() - x.double().mean(0)).abs()
+    assert (error <= roundings * 2.0**-24 * x.double().abs().mean(0)).all()
+    same(chain[0] * 1, (x.float() - mean).abs().max() / torch.tensor(2688.0))
+    same(
+        kernels.statistics(x.to(DEVICE), False)[1][0], x.float().abs().max() / torch.tensor(2688.0)
+    )
+
+
+def test_statistics_twice_are_the_same():
+    x = matrix(300, 80).to(DEVICE)
+    a, b = kernels.statistics(x, True), kernels.statistics(x, True)
+    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------
+# Center and quantize, weights
+
+SHAPES = [(1, 16), (16, 16), (17, 48), (33, 528), (100, 80)]
+
+
+@pytest.mark.parametrize("seeds", [None, (7, -8)], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("hadamard", [False, True], ids=["", "hadamard"])
+@pytest.mark.parametrize("center", [False, True], ids=["", "center"])
+@pytest.mark.parametrize("rows,cols", SHAPES)
+def test_center_quantize(rows, cols, center, hadamard, seeds):
+    for dtype in (torch.float32, torch.bfloat16):
+        _, got, want = round_both(matrix(rows, cols, dtype), center, hadamard, False, seeds)
+        for a, b in zip(got, want, strict=True):
+            for s, t in zip(a, b, strict=True):
+                same(s, t)
+
+
+def test_headroom_and_seeds():
+    x = matrix(40, 64)
+    codes = []
+    for seeds in ((1, 2), (2, 1), (2**31 - 1, 0)):
+        _, got, want = round_both(x, True, False, True, seeds)
+        for a, b in zip(got, want, strict=True):
+            for s, t in zip(a, b, strict=True):
+                same(s, t)
+        codes.append(got[0][0].cpu())
+    assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[1], codes[2])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 3e38])
+def test_magnitudes(scale):
+    x = matrix(32, 64) / matrix(32, 64).abs().max() * scale
+    x[:16, :16] = 0
+    x[20, 3] = -0.0
+    for seeds in (None, (3, 4)):
+        _, got, want = round_both(x, False, False, False, seeds)
+        for a, b in zip(got, want, strict=True):
+            for s, t in zip(a, b, strict=True):
+                same(s, t)
+
+
+def test_every_e4m3_scale_and_tie():
+    """Blocks whose amaxes run through E4M3 and its midpoints, values through E2M1's."""
+    grid = torch.arange(126, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    grid = torch.cat((grid, (grid[1:] + grid[:-1]) / 2)).sort().values  # 251
+    ties = torch.tensor([6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 5.5, -0.25, -1.25, -5, 1, 2, 3, 4])
+    x = torch.cat((grid[:, None] * ties, torch.full((1, 16), 2688.0)))  # S_enc = 1
+    _, got, want = round_both(x)
+    for a, b in zip(got, want, strict=True):
+        for s, t in zip(a, b, strict=True):
+            same(s, t)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("center", [False, True], ids=["", "center"])
+def test_nan_and_inf(bad, center):
+    """What is not a number marks its block and nothing else. The tensor's amax is taken over all
+    that is a number; fp4.quantize leaves the rest of a NaN's block out too."""
+    x = matrix(48, 64)
+    x[17, 20] = bad
+    mean, got, _ = round_both(x, center)
+    r = x - mean.cpu() if center else x
+    assert not center or not mean[20].isfinite()
+    for axis, block, (codes, scales, scale) in zip((1, 0), ((1, 16), (16, 1)), got, strict=True):
+        hit = r.isnan().unflatten(axis, (-1, 16)).any(axis + 1)
+        same(scale, r.nan_to_num(0, INF, -INF).abs().max() / torch.tensor(2688.0))
+        assert torch.equal(scales.float().cpu().isnan(), hit)
+        want = fp4.quantize(torch.where(r.isnan(), 0.0, r), block=block)
+        same(
+            torch.where(hit, 0.0, scales.float().cpu()), torch.where(hit, 0.0, want.scales.float())
+        )
+        clean = ~hit.repeat_interleave(16, axis)
+        unpacked = fp4._unpack(codes.cpu(), block)
+        assert torch.equal(unpacked[clean], fp4._unpack(want.codes, block)[clean])
+
+
+def test_strides_and_row_blocks_only():
+    x = matrix(64, 96)
+    _, whole, _ = round_both(x.t().contiguous())
+    _, view, _ = round_both(x.t())
+    for s, t in zip((*whole[0], *whole[1]), (*view[0], *view[1]), strict=True):
+        same(s, t)
+    alone = kernels.center_quantize(x.t().to(DEVICE), False, False, False, False, None)
+    same(alone[1], whole[0][0])
+    assert alone[4].numel() == alone[5].numel() == 0
+
+
+@pytest.mark.parametrize("n,m", [(16, 16), (48, 80), (32, 1040), (528, 16)])
+def test_quantize_weight(n, m):
+    w = matrix(n, m)
+    codes, codes_t, scales, scale = kernels.quantize_weight(w.to(DEVICE))
+    for got, want in zip(
+        (codes, scales.view(torch.float8_e4m3fn), scale),
+        fp4.quantize(w, block=(16, 16)).tensors(),
+        strict=True,
+    ):
+        same(got, want)
+    same(codes_t.t(), fp4.quantize(w.t(), block=(16, 16)).codes)
+
+
+# ------------------------------------------------------------------------------------------------
+# GEMM
+
+
+def nvfp4(rows, cols, block, seed):
+    """On DEVICE: an NVFP4 made by the kernels, and its dequantized values in FP64."""
+    x = matrix(rows, cols, seed=seed).to(DEVICE)
+    if block == (16, 16):
+        codes, codes_t, scales, scale = kernels.quantize_weight(x)
+    else:
+        out = kernels.center_quantize(x, False, True, False, False, None)
+        (codes, scales, scale), codes_t = out[1:4] if block == (1, 16) else out[4:7], None
+    q = fp4.NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, block, rows, codes_t)
+    return q, q.values().double().cpu() * q.tensor_scale.double().cpu()
+
+
+@pytest.mark.parametrize(
+    "variant", [kernels.gemm_fused, pytest.param(kernels.gemm_cublas, marks=needs_gpu)]
+)
+@pytest.mark.parametrize("rank_one", [False, True], ids=["", "rank one"])
+@pytest.mark.parametrize("tokens,m,n", [(1, 16, 16), (33, 80, 48), (130, 144, 272)])
+def test_gemm(tokens, m, n, rank_one, variant):
+    (x, xv), (w, wv) = nvfp4(tokens, m, (1, 16), 1), nvfp4(n, m, (16, 16), 2)
+    (d, dv), (xt, xtv), (dt, dtv) = (
+        nvfp4(tokens, n, (1, 16), 3), nvfp4(tokens, m, (16, 1), 1), nvfp4(tokens, n, (16, 1), 3)
+    )  # fmt: skip
+    for a, b, axes, p, q in (
+        (x, w, (1, 1), xv, wv.t()),
+        (d, w, (1, 0), dv, wv),
+        (dt, xt, (0, 0), dtv.t(), xtv),
+    ):
+        left, right = torch.randn(len(p)), torch.randn(q.shape[1])
+        args = *a.along(axes[0]), *b.along(axes[1]), a.tensor_scale, b.tensor_scale
+        part = (left.to(DEVICE), right.to(DEVICE)) if rank_one else (None, None)
+        want, size = p @ q, p.abs() @ q.abs()
+        if rank_one:
+            outer = left[:, None].double() * right
+            want, size = want + outer, size + outer.abs()
+        got = variant(*args, *part, torch.float32)
+        # K products and sums, each within 2^-24, in any order, and the epilogue; tensor cores
+        # truncate sums where FP32 units round
+        bound = (p.shape[1] + 4) * 2.0 ** (-24 if DEVICE.type == "cpu" else -22)
+        assert ((got.double().cpu() - want).abs() <= bound * size).all()
+        if variant is kernels.gemm_fused:
+            same(variant(*args, *part, torch.bfloat16), got.bfloat16())
+
+
+def test_left_may_be_expanded():
+    (a, av), (b, bv) = nvfp4(20, 32, (1, 16), 0), nvfp4(48, 32, (1, 16), 1)
+    args = *a.along(1), *b.along(1), a.tensor_scale, b.tensor_scale
+    right = torch.randn(48, device=DEVICE)
+    plain = kernels.gemm(*args, None, None, torch.float32)
+    for left in (torch.ones((), device=DEVICE).expand(20), torch.ones(20, 2, device=DEVICE)[:, 0]):
+        got = kernels.gemm(*args, left, right, torch.float32)
+        assert torch.allclose(got, plain + right, rtol=1e-6, atol=1e-4)
+    assert torch.allclose(plain.double().cpu(), av @ bv.t(), rtol=1e-5, atol=1e-3)
+
+
+def test_decode_every_code_and_scale():
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256, 8)  # (256, 2048)
+    scales = torch.arange(128, dtype=torch.uint8).repeat_interleave(2)[:, None].expand(256, 256)
+    q = fp4.NVFP4(codes, scales.view(torch.float8_e4m3fn), torch.ones(()), (1, 16), 256)
+    same(kernels.decode(codes.to(DEVICE), scales.contiguous().to(DEVICE)), q.values())
+    turned = kernels.decode(codes.t().contiguous().t().to(DEVICE), scales.to(DEVICE))
+    same(turned, q.values())
+
+
+def test_bf16_rounding():
+    """The last step of a GEMM, on ties, both neighbours, infinities and NaN."""
+    one = torch.tensor([1.0, 2**-8, -(2**-8), 2**-7, 3 * 2**-8, INF, NAN, 3.4e38, 1e-40])
+    right = torch.cat((one, 1 + one, (1 + one).nextafter(torch.tensor(INF)), -one))
+    right = torch.nn.functional.pad(right, (0, -len(right) % 16)).to(DEVICE)
+    zero = torch.zeros(len(right), 8, dtype=torch.uint8, device=DEVICE)
+    unit = torch.ones((), device=DEVICE)
+    args = zero[:1], zero[:1, :1], zero, zero[:, :1].contiguous(), unit, unit, unit[None], right
+    same(kernels.gemm_fused(*args, torch.bfloat16)[0], right.bfloat16())
+
+
+# ------------------------------------------------------------------------------------------------
+# The layer and the model
+
+
+def step(layer, x, d):
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(5)
+    y = layer(x)
+    y.backward(d)
+    grad, layer.weight.grad = layer.weight.grad, None
+    return [t.detach().float().cpu() for t in (y, x.grad, grad)]
+
+
+@pytest.mark.parametrize("recipe", FP4_RECIPES)
+def test_layer(recipe, monkeypatch):
+    """Forward and backward equal the twin's, with noise of the same seeds, but for sums' order."""
+    layer = fp4.FP4Linear(48, 64, False, recipe)
+    monkeypatch.setattr(
+        fp4, "_draw_seeds", lambda n, device: torch.arange(n, dtype=torch.int32, device=device)
+    )
+    monkeypatch.setattr(fp4, "kernels", kernels, raising=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, d = (
+            matrix(3 * 23, 48, dtype, 1).view(3, 23, 48),
+            matrix(69, 64, dtype, 2).view(3, 23, 64),
+        )
+        monkeypatch.setattr(fp4, "KERNEL_DEVICES", set())
+        want = step(layer, x, d)
+        monkeypatch.setattr(fp4, "KERNEL_DEVICES", {DEVICE.type})
+        got = step(layer.to(DEVICE), x.to(DEVICE), d.to(DEVICE))
+        layer.cpu()
+        for a, b in zip(got, want, strict=True):
+            # FP32 sums in another order, and a mean that so may round a code elsewhere
+            assert (a - b).norm() <= (1e-5 if dtype is torch.float32 else 4e-3) * b.norm()
+
+
+def test_saved_for_backward(on_kernels):
+    """Of X its packed residual and mean; of W itself (a reference) and its two packings."""
+    layer, x = fp4.FP4Linear(64, 32, False).to(DEVICE), matrix(160, 64).to(DEVICE).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    size = sum(
+        t.untyped_storage().nbytes() for t in saved if t.data_ptr() != layer.weight.data_ptr()
+    )
+    values, weights, scalars = 160 * 64, 32 * 64, 4 * 3  # tensor scales, and the column of ones
+    assert size == values * 4.5 / 8 + 64 * 4 + weights * (1 + 1 / 256) + scalars
+
+
+def test_compile_without_graph_breaks(on_kernels):
+    model = torch.nn.Sequential(fp4.FP4Linear(48, 64), torch.nn.GELU(), fp4.FP4Linear(64, 32)).to(
+        DEVICE
+    )
+    x = matrix(40, 48).to(DEVICE).requires_grad_()
+
+    def run(f):
+        torch.manual_seed(1)
+        y = f(x)
+        return y.detach(), *torch.autograd.grad(y.sum(), (x, *model.parameters()))
+
+    want = run(model)
+    for f in (
+        torch.compile(model, fullgraph=True, backend="aot_eager"),
+        lambda x: checkpoint(model, x, use_reentrant=False),
+    ):
+        for a, b in zip(run(f), want, strict=True):
+            assert torch.equal(a, b)
+    got = run(torch.compile(model, fullgraph=True))[0]  # inductor draws other noise in backward
+    assert torch.allclose(got, want[0], rtol=1e-5, atol=1e-4 * want[0].abs().max().item())
+
+
+def test_operators_are_registered_right():
+    x, seeds = matrix(33, 48).to(DEVICE), torch.tensor([1, 2], dtype=torch.int32, device=DEVICE)
+    checks = "test_schema", "test_faketensor"
+    for args in (
+        (x, True, True, True, False, seeds),
+        (x.bfloat16(), False, False, False, True, None),
+    ):
+        torch.library.opcheck(kernels.center_quantize, args, test_utils=checks)
+    torch.library.opcheck(kernels.quantize_weight, (matrix(32, 48).to(DEVICE),), test_utils=checks)
+    (a, _), (b, _) = nvfp4(20, 32, (16, 1), 0), nvfp4(20, 48, (16, 1), 1)
+    args = *a.along(0), *b.along(0), a.tensor_scale, b.tensor_scale, None, None, torch.bfloat16
+    torch.library.opcheck(kernels.gemm, args, test_utils=checks)
+
+
+def test_model_step(on_kernels, monkeypatch):
+    """A GPT's loss and gradients through the kernels, and without."""
+    heads = {"n_head": 2, "n_kv_head": 1, "head_dim": 16}
+    config = ModelConfig(vocab_size=64, block_size=24, n_layer=1, dim=32, ffn_dim=48, **heads)
+    model = GPT(config, torch.Generator().manual_seed(0)).to(DEVICE)
+    tokens = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def run():
+        torch.manual_seed(2)
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
+
+    loss, grads = run()
+    monkeypatch.setattr(fp4, "KERNEL_DEVICES", set())
+    want, wanted = run()
+    assert abs(loss - want) < 1e-5
+    for a, b in zip(grads, wanted, strict=True):
+        assert (a - b).norm() <= 2e-2 * b.norm()  # sums' order may move a value to the next code
+
+
+def train(tmp_path, name, interpret="", steps=2, **knobs):
+    """The losses of a run of train.py, and what it printed."""
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 3000)
+    tokens = encode(get_encoding("bytes"), [" ".join(words)])
+    data, out = tmp_path / "data", tmp_path / name
+    if not data.exists():
+        parts = {"train": tokens[:8000], "val": tokens[8000:]}
+        write_dataset(data, get_encoding("bytes"), parts)
+    values = {
+        "n_layer": 1, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "dim": 32, "ffn_dim": 48,
+        "block_size": 32, "batch_size": 2, "max_steps": steps, "warmup_steps": 1,
+        "eval_windows": 2, "eval_interval": steps, "dataset": str(data), "out_dir": str(out),
+        "device": "cpu", **knobs,
+    }  # fmt: skip
+    preset = tmp_path / f"{name}.json"
+    preset.write_text(json.dumps(values))
+    result = subprocess.run(
+        [sys.executable, "train.py", "--preset", preset],
+        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": interpret}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [r.get("loss", r.get("val_loss")) for r in records], result.stdout
+
+
+def test_training_in_the_interpreter(tmp_path):
+    """Real steps of train.py through the kernels, with the losses of the plain path."""
+    want, said = train(tmp_path, "plain")
+    assert "FP4: passes fused" in said
+    got, said = train(tmp_path, "interpreted", "1")
+    assert "FP4: Triton's interpreter" in said
+    assert len(got) == 4 and max(abs(a - b) for a, b in zip(got, want, strict=True)) < 1e-4
+
+
+@needs_gpu
+def test_training_on_the_gpu(tmp_path):
+    """200 steps on the GPU follow the CPU's. Its activations are BF16, so noise differs in places;
+    5% is ten times what two seeds of the noise differ by on a CPU."""
+    knobs = {"steps": 200, "learning_rate": 1e-2, "batch_size": 16}
+    (want, _), (got, _) = (train(tmp_path, d, device=d, **knobs) for d in ("cpu", "cuda"))
+    smooth = (np.convolve(losses, np.ones(20) / 20, "valid") for losses in (got, want))
+    np.testing.assert_allclose(*smooth, rtol=0.05)
+
+
+# ------------------------------------------------------------------------------------------------
+# What the compiler makes of them
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Rows of `bench.py --resources`, which compiles all kernels as they are launched."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "bench.py", "--resources"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    head, *rows = (line.split(maxsplit=7) for line in result.stdout.splitlines())
+    assert head[:4] == ["kernel", "case", "target", "registers"]
+    return [(k, case, target, *map(int, n), verb) for k, case, target, *n, verb in rows]
+
+
+@pytest.mark.parametrize(
+    "target,verbs",
+    [
+        ("sm_80", ["mma.sync", "bf16.bf16"]),
+        ("sm_90a", ["wgmma", "bf16.bf16"]),
+        ("sm_100a", ["tcgen05.mma", "kind::mxf4nvf4.block_scale", "scale_vec::4X"]),
+        ("sm_120a", ["mma.sync", "kind::mxf4nvf4.block_scale", "e2m1.e2m1.f32.ue4m3"]),
+    ],
+)
+def test_compiles(table, target, verbs):
+    rows = [row for row in table if row[2] == target]
+    assert {row[0] for row in rows} == {
+        "column_parts", "column_stats", "scale_chain", "center_quantize", "rotated_amax",
+        "quantize_weight", "gemm", "decode_matrix",
+    }  # fmt: skip
+    for kernel, case, _, _, shared, spilled, load, verb in rows:
+        assert spilled == 0, (kernel, case)
+        assert shared <= 99 * 1024 or target in ("sm_90a", "sm_100a")  # 99 KB on sm_86 and sm_120
+        assert load >= (4 if kernel == "scale_chain" else 8), (kernel, case)
+        assert kernel != "gemm" or all(v in verb for v in verbs)
+    assert {row[1] for row in rows if row[0] == "gemm"} == {"fprop", "dgrad", "wgrad"}
