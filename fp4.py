@@ -82,21 +82,26 @@ def e4m3_round(x):
     return torch.round(x / spacing) * spacing
 
 
-def _block_scales(block_amax, headroom):
-    """Block scales, the factors that map blocks into [-6, 6], and the tensor scale, all FP32.
+def _tensor_scales(block_amax):
+    """FP32 scalars: the tensor scale amax / 2688, its inverse S_enc, and the inverse of that.
 
-    The operations and their order are NVIDIA's, each one FP32 rounding. Divisions are tensor by
-    tensor: PyTorch turns `2688.0 / tensor` into a reciprocal and a product, two roundings."""
+    The operations and their order, here and below, are NVIDIA's, each one FP32 rounding. Divisions
+    are tensor by tensor: PyTorch turns `2688.0 / tensor` into a reciprocal and a product, two
+    roundings. Not for `fuse`: of scalars, torch.compile lets every thread update the same one."""
     amax = torch.where(block_amax.isnan(), 0.0, block_amax).amax()  # a NaN marks its block only
     full = torch.full_like(amax, E2M1_MAX * E4M3_MAX)  # 2688
     encode = (full / amax).clamp(max=FP32_MAX)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
+    return amax / full, encode, 1 / encode
+
+
+def _block_scales(block_amax, encode, decode, headroom):
+    """Block scales, and the factors that map blocks into [-6, 6], FP32."""
     scale = block_amax * (encode * (1 / E2M1_MAX))
     if headroom:  # normal E4M3 rounds down by up to 1/17; with this no value then exceeds 6
         scale = scale * (17 / 16)
     scale = e4m3_round(scale.clamp(max=E4M3_MAX))
-    inverse = (1 / (scale * (1 / encode))).clamp(max=FP32_MAX)
-    return scale, inverse, amax / full
+    return scale, (1 / (scale * decode)).clamp(max=FP32_MAX)
 
 
 def _hash(i):
@@ -230,7 +235,8 @@ def quantize(x, *, block=(1, 16), stochastic=False, seed=None, headroom=False):
         seed = _draw_seeds(1, x.device)[0] if seed is None else seed
         key = _hash(torch.as_tensor(seed, dtype=torch.int32, device=x.device))
     block_amax = _block_amax(x, block)
-    scale, inverse, tensor_scale = _block_scales(block_amax.flatten(), headroom)
+    tensor_scale, encode, decode = _tensor_scales(block_amax)
+    scale, inverse = _block_scales(block_amax.flatten(), encode, decode, headroom)
     codes = _encode(x, inverse.view_as(block_amax), block, key).view(x.shape)
     scales = scale.to(torch.float8_e4m3fn).view(len(block_amax), -1)  # exact: e4m3_round was here
     return NVFP4(_pack(codes, block), scales, tensor_scale, block, rows)
