@@ -370,6 +370,11 @@ def _decode_matrix(
 # The operators, registered so that torch.compile need not look inside.
 
 
+def _check(x, block):
+    if x.ndim != 2 or x.numel() == 0 or any(n % b for n, b in zip(x.shape, block, strict=True)):
+        raise ValueError(f"cannot quantize shape {tuple(x.shape)} in {block} blocks")
+
+
 def statistics(x, center):
     """x (rows, cols) -> mean (cols,) or, not centered, (0,), and the residual's `_scale_chain`."""
     rows, cols = x.shape
@@ -422,10 +427,14 @@ def center_quantize(
     headroom  as in fp4.quantize
     seeds     int32 (2,), for stochastic rounding along either axis; None: to nearest
     Returns the mean (m,) or (0,), FP32; codes (l, m/2), scales (l, m/16), tensor scale (); and the
-    same along tokens, codes (l/2, m), scales (l/16, m), tensor scale (), with l padded to 16."""
+    same along tokens, codes (l/2, m), scales (l/16, m), tensor scale (), with l padded to 16.
+    The tensor's amax is over all that is no NaN; fp4.quantize skips the rest of a NaN's block too.
+    ValueError for a shape that does not fit."""
+    _check(x, (1, 16))
     x = x.contiguous()
-    mean, chain = statistics(x, center)
-    return round_residual(x, mean, chain, tokens, hadamard, headroom, seeds)
+    with torch.cuda.device_of(x):  # where Triton launches
+        mean, chain = statistics(x, center)
+        return round_residual(x, mean, chain, tokens, hadamard, headroom, seeds)
 
 
 @center_quantize.register_fake
@@ -446,15 +455,15 @@ def _like_center_quantize(x, center, tokens, hadamard, headroom, seeds):
 @torch.library.custom_op("nanofp4::quantize_weight", mutates_args=())
 def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Round w (n, m), multiples of 16, to NVFP4 in 16 x 16 blocks: codes (n, m/2), the same codes
-    packed along rows (n/2, m), scales (n/16, m/16), tensor scale ()."""
-    w = w.contiguous()
-    n, m = w.shape
+    packed along rows (n/2, m), scales (n/16, m/16), tensor scale (). ValueError for others."""
+    _check(w, (16, 16))
     codes, codes_t, scales, _ = _like_quantize_weight(w)
-    _, chain = statistics(w, False)
-    K, _, warps = QUANTIZE
-    _quantize_weight[_cdiv(m, K), n // 16](
-        w, chain, codes, codes_t, scales, n, m, m // 2, m // 16, K, num_warps=warps
-    )
+    w, (n, m), (K, _, warps) = w.contiguous(), w.shape, QUANTIZE
+    with torch.cuda.device_of(w):
+        _, chain = statistics(w, False)
+        _quantize_weight[_cdiv(m, K), n // 16](
+            w, chain, codes, codes_t, scales, n, m, m // 2, m // 16, K, num_warps=warps
+        )
     return codes, codes_t, scales, chain[0].clone()
 
 
@@ -548,10 +557,11 @@ def gemm(
     left, right    FP32 (M,) and (N,), or None
     On Blackwell the packed codes are multiplied. Elsewhere they are decoded to BF16, exactly: in
     the kernel, or in a pass of its own before cuBLAS, whichever was faster on this GPU."""
-    fused = _major_version() in (0, *NATIVE) or not _cublas_is_faster()
-    return (gemm_fused if fused else gemm_cublas)(
-        a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype
-    )
+    with torch.cuda.device_of(a):
+        fused = _major_version() in (0, *NATIVE) or not _cublas_is_faster()
+        return (gemm_fused if fused else gemm_cublas)(
+            a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype
+        )
 
 
 @gemm.register_fake

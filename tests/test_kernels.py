@@ -196,6 +196,14 @@ def test_strides_and_row_blocks_only():
     assert alone[4].numel() == alone[5].numel() == 0
 
 
+@pytest.mark.parametrize("shape", [(0, 16), (16, 24), (16,)])
+def test_shapes_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match="cannot quantize shape"):
+        kernels.center_quantize(torch.ones(shape), False, True, False, False, None)
+    with pytest.raises(ValueError, match="cannot quantize shape"):
+        kernels.quantize_weight(torch.ones(shape).t())
+
+
 @pytest.mark.parametrize("n,m", [(16, 16), (48, 80), (32, 1040), (528, 16)])
 def test_quantize_weight(n, m):
     w = matrix(n, m)
