@@ -138,6 +138,17 @@ def test_headroom_and_seeds():
     assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[1], codes[2])
 
 
+def test_noise_of_zero_leaves_a_code_alone():
+    """What is exactly a code stays it, also where the noise u is 0: once in 2^24 draws."""
+    index = torch.arange(256 * 256, dtype=torch.int32)
+    for seed in range(10**4):
+        key = fp4._hash(torch.tensor(seed, dtype=torch.int32))
+        if (fp4._hash(index ^ key) & 0xFFFFFF == 0).any():
+            break
+    _, got, _ = round_both(torch.ones(256, 256), seeds=(seed, seed))
+    assert all((codes == 0x77).all() for codes, *_ in got)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 3e38])
 def test_magnitudes(scale):
     x = matrix(32, 64) / matrix(32, 64).abs().max() * scale
@@ -162,13 +173,14 @@ def test_every_e4m3_scale_and_tie():
             same(s, t)
 
 
+@pytest.mark.parametrize("largest", [1e6, -1e6])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("center", [False, True], ids=["", "center"])
-def test_nan_and_inf(bad, center):
+def test_nan_and_inf(bad, center, largest):
     """What is not a number marks its block and nothing else. The tensor's amax is taken over all
     that is a number; fp4.quantize leaves the rest of a NaN's block out too."""
     x = matrix(48, 64)
-    x[17, 20] = bad
+    x[14, 20], x[17, 20] = largest, bad
     mean, got, _ = round_both(x, center)
     r = x - mean.cpu() if center else x
     assert not center or not mean[20].isfinite()
