@@ -294,6 +294,7 @@ def test_decode_every_code_and_scale():
     same(kernels.decode(codes.to(DEVICE), scales.contiguous().to(DEVICE)), q.values())
     turned = kernels.decode(codes.t().contiguous().t().to(DEVICE), scales.to(DEVICE))
     same(turned, q.values())
+    assert turned.stride() == (1, 256)  # the order of its codes
 
 
 def test_bf16_rounding():
