@@ -392,9 +392,8 @@ def _center_quantize(x, recipe, tokens=True, seeds=None):
         )
         if recipe.split == "mean":
             left, right = mean.new_ones(()).expand(len(x), 1), mean[None]
-        rows = 2 * len(codes_t) if recipe.hadamard else len(x)
         x_q = NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, (1, 16), len(x))
-        x_t = NVFP4(codes_t, scales_t.view(torch.float8_e4m3fn), scale_t, (16, 1), rows)
+        x_t = NVFP4(codes_t, scales_t.view(torch.float8_e4m3fn), scale_t, (16, 1), len(x))
         return left, right, x_q, x_t
     left, right, r = split_off(x, recipe.split)
     how = [{}, {}]

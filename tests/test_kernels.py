@@ -197,6 +197,18 @@ def test_nan_and_inf(bad, center, largest):
         assert torch.equal(unpacked[clean], fp4._unpack(want.codes, block)[clean])
 
 
+@pytest.mark.parametrize("where", [(17, 20), (slice(0, 16), slice(None))], ids=["one", "tile"])
+def test_rotation_spreads_nan_to_its_block(where):
+    x = matrix(32, 512)
+    x[where] = NAN
+    _, (_, (codes, scales, scale)), (_, want) = round_both(x, hadamard=True)
+    assert want[1].float().isnan().sum() == x.isnan().any(0).sum()
+    same(scales, want[1])
+    same(scale, want[2])
+    clean = ~want[1].float().isnan().repeat_interleave(8, 0)
+    assert torch.equal(codes.cpu()[clean], want[0][clean])
+
+
 def test_strides_and_row_blocks_only():
     x = matrix(64, 96)
     _, whole, _ = round_both(x.t().contiguous())
