@@ -385,10 +385,11 @@ class _LinearBF16(torch.autograd.Function):
 def _center_quantize(x, recipe, tokens=True, seeds=None):
     """x (l, m) split into left (l, 1), right (1, m), and a residual, this in NVFP4 twice: in blocks
     along features, and, if tokens is set, along tokens. seeds (2,): round stochastically."""
+    headroom = recipe.headroom and seeds is not None
     if x.device.type in KERNEL_DEVICES:
         left, right, x = (None, None, x) if recipe.split == "mean" else split_off(x, recipe.split)
         mean, codes, scales, scale, codes_t, scales_t, scale_t = kernels.center_quantize(
-            x, recipe.split == "mean", tokens, recipe.hadamard, recipe.headroom, seeds
+            x, recipe.split == "mean", tokens, recipe.hadamard, headroom, seeds
         )
         if recipe.split == "mean":
             left, right = mean.new_ones(()).expand(len(x), 1), mean[None]
@@ -398,7 +399,7 @@ def _center_quantize(x, recipe, tokens=True, seeds=None):
     left, right, r = split_off(x, recipe.split)
     how = [{}, {}]
     if seeds is not None:
-        how = [{"stochastic": True, "headroom": recipe.headroom, "seed": s} for s in seeds]
+        how = [{"stochastic": True, "headroom": headroom, "seed": s} for s in seeds]
     x_t = None
     if tokens:
         x_t = quantize(rotate_tokens(r) if recipe.hadamard else r, block=(16, 1), **how[1])

@@ -334,7 +334,7 @@ def step(layer, x, d):
     return [t.detach().float().cpu() for t in (y, x.grad, grad)]
 
 
-@pytest.mark.parametrize("recipe", FP4_RECIPES)
+@pytest.mark.parametrize("recipe", [*FP4_RECIPES, fp4.Recipe(split="mean", headroom=True)])
 def test_layer(recipe, monkeypatch):
     """Forward and backward equal the twin's, with noise of the same seeds, but for sums' order."""
     layer = fp4.FP4Linear(48, 64, False, recipe)
