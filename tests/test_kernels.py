@@ -467,12 +467,13 @@ def test_training_in_the_interpreter(tmp_path):
 
 @needs_gpu
 def test_training_on_the_gpu(tmp_path):
-    """200 steps on the GPU follow the CPU's. Its activations are BF16, so noise differs in places;
-    5% is ten times what two seeds of the noise differ by on a CPU."""
+    """200 steps on the GPU follow the CPU's. On a CPU two seeds of the noise differ by up to 6% in
+    the steep part and by .0006 at the end; bf16 differs by 14% in the steep part."""
     knobs = {"steps": 200, "learning_rate": 1e-2, "batch_size": 16}
     (want, _), (got, _) = (train(tmp_path, d, device=d, **knobs) for d in ("cpu", "cuda"))
     smooth = (np.convolve(losses, np.ones(20) / 20, "valid") for losses in (got, want))
-    np.testing.assert_allclose(*smooth, rtol=0.05)
+    np.testing.assert_allclose(*smooth, rtol=0.1)
+    assert abs(got[-1] - want[-1]) < 0.01
 
 
 # ------------------------------------------------------------------------------------------------
