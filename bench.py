@@ -65,13 +65,12 @@ def quantizer(device, repeats=50):
 
 def gpu_seconds(run, inputs, repeats=20):
     """Median GPU time of run(*input), by a CUDA graph over all inputs: they take turns, so that
-    none is found in L2, and nothing waits for Python."""
+    little is found in L2, and nothing waits for Python."""
     run(*inputs[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for args in inputs:
-            run(*args)
+        kept = [run(*args) for args in inputs]  # or all would be written to the same place
     times = []
     for _ in range(repeats + 1):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -80,6 +79,7 @@ def gpu_seconds(run, inputs, repeats=20):
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e-3 / len(inputs))
+    del kept
     return statistics.median(times[1:])
 
 
@@ -89,7 +89,7 @@ def kernel_table(device):
     if device.type != "cuda":
         print("kernels: not measured, for want of a CUDA GPU")
         return
-    from kernels import backend, center_quantize, gemm_cublas, gemm_fused
+    from kernels import backend, gemm_cublas, gemm_fused
     from kernels import round_residual as round_
     from kernels import statistics as stats
 
@@ -103,8 +103,8 @@ def kernel_table(device):
     print(f"{'tokens x features':42} {'us':>9} {'TB/s':>6} {'/ copy':>7}")
     seeds = torch.tensor([1, 2], dtype=torch.int32, device=device)
     for rows, cols in SIZES:
-        copies = max(2, (1 << 28) // (2 * rows * cols))  # 256 MB, several times any L2
-        inputs = [(random(rows, cols), *stats(random(rows, cols), True)) for _ in range(copies)]
+        xs = [random(rows, cols) for _ in range(max(2, (1 << 29) // (2 * rows * cols)))]  # 512 MB
+        inputs = [(x, *stats(x, True)) for x in xs]
         cases = {
             "statistics, mean": (2, lambda x, *_: stats(x, True)),
             "statistics, no mean": (2, lambda x, *_: stats(x, False)),
@@ -120,27 +120,35 @@ def kernel_table(device):
             rate = size * rows * cols / t
             label = f"{rows} x {cols} {name}"
             print(f"{label:42} {t * 1e6:9.1f} {rate / 1e12:6.2f} {rate / copy:7.1%}")
-        del inputs
-    print(f"{'GEMM, M x N = K':42} {'us':>9} {'TFLOP/s':>8} {'/ cuBLAS BF16':>14}")
-    for m, n in SIZES:
-        pairs = [(random(m, n), random(n, n)) for _ in range(4)]
-        operands = []
-        for pair in pairs:
-            (_, a, a_s, sa, *_), (_, b, b_s, sb, *_) = (
-                center_quantize(x, False, False, False, False, None) for x in pair
-            )
-            one = torch.ones(m, device=device), torch.ones(n, device=device)
-            operands.append((a, a_s, b, b_s, sa, sb, *one, torch.bfloat16))
-        runs = {
-            "cuBLAS BF16": (lambda a, b: a @ b.t(), pairs),
-            "FP4, one kernel": (gemm_fused, operands),
-            "FP4, decoded for cuBLAS": (gemm_cublas, operands),
+        del xs, inputs
+    print(
+        f"{'GEMM of tokens x features by a square W':42} {'us':>9} {'TFLOP/s':>8} {'/ cuBLAS':>9}"
+    )
+    for rows, cols in SIZES:
+        variants = {"one kernel": gemm_fused, "cuBLAS": gemm_cublas}
+        names = [(gemm, how) for gemm in ("fprop", "dgrad", "wgrad") for how in variants]
+        runs = {"BF16, cuBLAS": (torch.mm, [])} | {
+            f"{gemm}, {how}": (variants[how], []) for gemm, how in names
         }
+        for _ in range(max(2, (1 << 28) // (rows * cols + cols * cols))):  # 256 MB in FP4
+            x, d, w = random(rows, cols), random(rows, cols), random(cols, cols)
+            runs["BF16, cuBLAS"][1].append((x, w.t()))
+            x, d = (fp4._center_quantize(t, fp4.RECIPES["fp4_mean"])[2:] for t in (x, d))
+            w = fp4._quantize_weight(w.float())
+            one, row = torch.ones(rows, device=device), torch.ones(cols, device=device)
+            for name, a, b, axes, left, dtype in (
+                ("fprop", x[0], w, (1, 1), one, torch.bfloat16),
+                ("dgrad", d[0], w, (1, 0), one, torch.bfloat16),
+                ("wgrad", d[1], x[1], (0, 0), row, torch.float32),
+            ):
+                scales = a.tensor_scale, b.tensor_scale
+                args = *a.along(axes[0]), *b.along(axes[1]), *scales, left, row, dtype
+                for how in variants:
+                    runs[f"{name}, {how}"][1].append(args)
         times = {name: gpu_seconds(*run) for name, run in runs.items()}
         for name, t in times.items():
-            share = times["cuBLAS BF16"] / t
-            label = f"{m} x {n} {name}"
-            print(f"{label:42} {t * 1e6:9.1f} {2e-12 * m * n * n / t:8.0f} {share:14.1%}")
+            rate, share = 2e-12 * rows * cols * cols / t, times["BF16, cuBLAS"] / t
+            print(f"{f'{rows} x {cols} {name}':42} {t * 1e6:9.1f} {rate:8.0f} {share:9.1%}")
 
 
 def step(preset, precisions, rounds, device):
@@ -211,6 +219,7 @@ def compiled(arch):
     a, a_s, a_t, a_ts = byte(4096, 512), byte(4096, 64), byte(2048, 1024).t(), byte(256, 1024).t()
     w, w_s, w_t = byte(1024, 512), byte(64, 64), byte(512, 1024).t()
     args = one, one, one.expand(4096), row
+    odd = torch.zeros(33, 80, dtype=torch.bfloat16)
     cases = {
         "centered": lambda: kernels.center_quantize(x, True, True, False, False, None),
         "stochastic": lambda: kernels.center_quantize(x, True, True, False, False, seeds),
@@ -220,6 +229,10 @@ def compiled(arch):
         "fprop": lambda: kernels.gemm_fused(a, a_s, w, w_s, *args, x.dtype),
         "dgrad": lambda: kernels.gemm_fused(a, a_s, w_t, w_s.t(), *args, x.dtype),
         "wgrad": lambda: kernels.gemm_fused(a_t, a_ts, a_t, a_ts, one, one, row, row, row.dtype),
+        "odd": lambda: kernels.center_quantize(odd, True, True, True, True, seeds),
+        "odd_gemm": lambda: kernels.gemm_fused(
+            byte(33, 40), byte(33, 5), byte(48, 40), byte(3, 5), one, one, None, None, x.dtype
+        ),
         "rows": lambda: kernels.decode(a, a_s),
         "columns": lambda: kernels.decode(a_t, a_ts),
     }
@@ -288,7 +301,9 @@ def main():
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}")
-    if device.type == "cpu":
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(1)
         quantizer(device)
         torch.set_num_threads(args.threads)

@@ -1,4 +1,4 @@
-"""Triton kernels for fp4.py: column statistics, center and quantize, GEMM. Same bits everywhere.
+"""Triton kernels for fp4.py: column statistics, center and quantize, GEMM. The same bits anywhere.
 
 fp4.py is the definition, and the plain twin of all that is here. Kernels save memory traffic. For
 an l x m matrix in BF16, bytes an element:
@@ -7,6 +7,7 @@ an l x m matrix in BF16, bytes an element:
     center + quantize   2 read, 0.5625 written for each of two directions of the blocks
     weights (FP32)      4 read twice, 1 written: one set of codes, packed along either axis
     GEMM                0.5625 read an operand; the mean's part is added to the result in registers
+                        (by way of cuBLAS: 4 more an operand, and 14 for each FP32 result)
 
 NVFP4 needs a tensor's amax before it can round a single value, so vanilla FP4 reads X twice too.
 Centering adds no pass: the columns' statistics give mean and extrema at once, and from these
@@ -15,12 +16,11 @@ Centering adds no pass: the columns' statistics give mean and extrema at once, a
 
 exactly, because FP32 subtraction is monotone. All that decides a bit is integer arithmetic or one
 correctly rounded FP32 operation, in a fixed order. So Triton's interpreter on a CPU
-(TRITON_INTERPRET=1), Ampere, Hopper and Blackwell agree; only the order of summation in a GEMM is
-the hardware's own. That excludes `/` (off by 2 ulp; `div_rn` is not), casts to BF16 and float8
-that round (targets differ), and fused multiply-adds of products that are not exact.
+(TRITON_INTERPRET=1), Ampere, Hopper and Blackwell agree; only a GEMM's order of summation and its
+epilogue are the hardware's own. That excludes `/` (off by 2 ulp; `div_rn` is not), casts to BF16
+and float8 that round (targets differ), and fused multiply-adds of products that are not exact.
+The twin's mean is PyTorch's, in another order of summation; given one mean, all bits agree.
 """
-
-import functools
 
 import torch
 import triton
@@ -31,11 +31,13 @@ INTERPRET = triton.knobs.runtime.interpret
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 STATISTICS = 1024, 128, 32  # columns of a program, parts of the tokens, columns in stage 2
 QUANTIZE = 512, 2, 4  # columns of a program, tokens at a time, warps
-NATIVE = 10, 12  # major versions of GPUs with FP4 tensor cores that `tl.dot_scaled` reaches
+FP4_CORES = 10, 12  # major versions of GPUs whose FP4 tensor cores `tl.dot_scaled` reaches
+CUBLAS = 8, 9  # where codes are decoded for cuBLAS; `bench.py` times both, no GPU has been timed
+GROUP = tl.constexpr(8)  # tiles of a GEMM that share an operand in L2
 GEMM = {  # tile M, N, K, warps, stages by major version; 0: the interpreter
     0: (128, 128, 128, 4, 1),
     8: (128, 64, 64, 8, 3),
-    9: (128, 128, 64, 8, 3),
+    9: (128, 128, 128, 8, 3),
     10: (128, 256, 256, 8, 3),
     12: (128, 64, 128, 8, 3),
 }
@@ -212,7 +214,8 @@ def _center_quantize(
     CENTER: tl.constexpr, TOKENS: tl.constexpr, HADAMARD: tl.constexpr, STOCHASTIC: tl.constexpr,
     HEADROOM: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    i0, j0 = tl.program_id(1) * 16, tl.program_id(0) * K
+    tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
+    i0, j0 = pid // tiles * 16, pid % tiles * K
     j, j2, j16 = (
         j0 + tl.arange(0, K),
         j0 // 2 + tl.arange(0, K // 2),
@@ -247,22 +250,24 @@ def _center_quantize(
         row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
         packed = (low | (high << 4)).to(tl.uint8)
         tl.store(codes_t + row * cols + j, packed, mask=(j < cols)[None, :])
-        tl.store(scales_t + tl.program_id(1) * cols + j, byte.to(tl.uint8), mask=j < cols)
+        tl.store(scales_t + i0 // 16 * cols + j, byte.to(tl.uint8), mask=j < cols)
 
 
 @triton.jit
 def _rotated_amax(x, mean, amax, rows, cols, CENTER: tl.constexpr, K: tl.constexpr):
     """The largest magnitude in 16 rotated tokens x K columns: one more read of X."""
-    i, j = tl.program_id(1) * 16 + tl.arange(0, 16), tl.program_id(0) * K + tl.arange(0, K)
+    tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
+    i, j = pid // tiles * 16 + tl.arange(0, 16), pid % tiles * K + tl.arange(0, K)
     r = tl.abs(_rotate(_residual(x, mean, i, j, rows, cols, CENTER), K))
     r = tl.where(r == r, r, 0.0)
-    tl.store(amax + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(r))
+    tl.store(amax + pid, tl.max(r))
 
 
 @triton.jit
 def _quantize_weight(w, chain, codes, codes_t, scales, n, m, m2, m16, K: tl.constexpr):
     """W (n, m) in 16 x 16 blocks, packed along rows for fprop and along columns for dgrad."""
-    i0, j0 = tl.program_id(1) * 16, tl.program_id(0) * K
+    tiles, pid = tl.cdiv(m, K), tl.program_id(0)
+    i0, j0 = pid // tiles * 16, pid % tiles * K
     i, j = i0 + tl.arange(0, 16), j0 + tl.arange(0, K)
     j2, j16 = j0 // 2 + tl.arange(0, K // 2), j0 // 16 + tl.arange(0, K // 16)
     r = _residual(w, w, i, j, n, m, False)
@@ -275,7 +280,7 @@ def _quantize_weight(w, chain, codes, codes_t, scales, n, m, m2, m16, K: tl.cons
     low, high = _row_pairs(c, K)
     row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
     tl.store(codes_t + row * m + j, (low | (high << 4)).to(tl.uint8), mask=(j < m)[None, :])
-    tl.store(scales + tl.program_id(1) * m16 + j16, byte.to(tl.uint8), mask=j16 < m16)
+    tl.store(scales + i0 // 16 * m16 + j16, byte.to(tl.uint8), mask=j16 < m16)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -321,12 +326,13 @@ def _bf16_bits(x):  # FP32 -> BF16 as uint16, ties to even; the interpreter's ca
 @triton.jit
 def _gemm(
     a, a_scales, b, b_scales, scale_a, scale_b, left, right, out, M, N, K2,
-    a_m, a_k, as_m, as_k, b_n, b_k, bs_n, bs_k, left_m, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
-    RANK_ONE: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr,
-    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    a_m, a_k, as_m, as_k, b_n, b_k, bs_n, bs_k, left_m, right_n,
+    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, RANK_ONE: tl.constexpr, BF16: tl.constexpr,
+    NATIVE: tl.constexpr, DTYPE: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     pid, down, across = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
-    group = pid // (GROUP * across)  # GROUP tiles high, so that L2 holds what its programs share
+    group = pid // (GROUP * across)  # of GROUP rows of tiles
     height = tl.minimum(down - group * GROUP, GROUP)
     pm, pn = group * GROUP + pid % height, pid % (GROUP * across) // height
     m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
@@ -346,7 +352,7 @@ def _gemm(
             acc = tl.dot(a_odd, tl.trans(b_odd), acc)
     y = acc * (tl.load(scale_a) * tl.load(scale_b))
     if RANK_ONE:
-        y += tl.load(left + m_in * left_m)[:, None] * tl.load(right + n_in)[None, :]
+        y += tl.load(left + m_in * left_m)[:, None] * tl.load(right + n_in * right_n)[None, :]
     out += m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out, _bf16_bits(y) if BF16 else y, mask=(m < M)[:, None] & (n < N)[None, :])
 
@@ -404,12 +410,12 @@ def round_residual(x, mean, chain, tokens, hadamard, headroom, seeds):
         x, center, tokens, hadamard, headroom, seeds
     )
     K, step, warps = QUANTIZE
-    grid = _cdiv(cols, K), _cdiv(rows, 16)
+    grid = (_cdiv(rows, 16) * _cdiv(cols, K),)
     chain_t = chain
     if tokens and hadamard:
         amax = x.new_empty(grid, dtype=torch.float32)
         _rotated_amax[grid](x, mean, amax, rows, cols, center, K, num_warps=warps)
-        chain_t = _chain(amax.amax(1))
+        chain_t = _chain(amax.view(-1, _cdiv(cols, K)).amax(0))
     _center_quantize[grid](
         x, mean, chain, chain_t, seeds, codes, scales, codes_t, scales_t, rows, cols, cols // 2,
         cols // 16, center, tokens, hadamard, seeds is not None, headroom, K, step, num_warps=warps,
@@ -461,7 +467,7 @@ def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w, (n, m), (K, _, warps) = w.contiguous(), w.shape, QUANTIZE
     with torch.cuda.device_of(w):
         _, chain = statistics(w, False)
-        _quantize_weight[_cdiv(m, K), n // 16](
+        _quantize_weight[(n // 16 * _cdiv(m, K),)](
             w, chain, codes, codes_t, scales, n, m, m // 2, m // 16, K, num_warps=warps
         )
     return codes, codes_t, scales, chain[0].clone()
@@ -488,12 +494,13 @@ def gemm_fused(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
     BM, BN, BK, warps, stages = GEMM.get(version, GEMM[8])
     out = a.new_empty((M, N), dtype=dtype)
     bf16, rank_one = dtype == torch.bfloat16, right is not None
+    strides = *a.stride(), *a_scales.stride(), *b.stride(), *b_scales.stride()
+    strides += (left.stride(0), right.stride(0)) if rank_one else (0, 0)
     _gemm[(_cdiv(M, BM) * _cdiv(N, BN),)](
         a, a_scales, b, b_scales, scale_a, scale_b, left, right,
-        out.view(torch.uint16) if bf16 else out, M, N, K2, *a.stride(), *a_scales.stride(),
-        *b.stride(), *b_scales.stride(), left.stride(0) if rank_one else 0, M // len(a_scales),
-        N // len(b_scales), rank_one, bf16, version in NATIVE,
-        tl.float32 if INTERPRET else tl.bfloat16, 2 * K2 % BK == 0, BM, BN, BK, 8,
+        out.view(torch.uint16) if bf16 else out, M, N, K2, *strides,
+        M // len(a_scales), N // len(b_scales), rank_one, bf16, version in FP4_CORES,
+        tl.float32 if INTERPRET else tl.bfloat16, 2 * K2 % BK == 0, BM, BN, BK,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
@@ -516,33 +523,19 @@ def decode(codes, scales):
 def gemm_cublas(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
     """`gemm` by cuBLAS, on operands decoded to BF16."""
     y = torch.mm(decode(a, a_scales), decode(b, b_scales).t(), out_dtype=torch.float32)
-    y *= scale_a * scale_b
-    if right is not None:
-        y.addcmul_(left[:, None], right)
-    return y.to(dtype)
-
-
-@functools.cache
-def _cublas_is_faster():
-    """Measured once a process, on a product of 4096 x 4096 x 4096."""
-    codes, scales = (
-        torch.randint(120, (4096, k), dtype=torch.uint8, device="cuda") for k in (2048, 256)
-    )
-    one = torch.ones((), device="cuda")
-    args = codes, scales, codes, scales, one, one, None, None, torch.bfloat16
-    cublas, fused = (
-        triton.testing.do_bench(lambda f=f: f(*args)) for f in (gemm_cublas, gemm_fused)
-    )
-    return cublas < fused
+    scale, out = scale_a * scale_b, y if dtype == y.dtype else torch.empty_like(y, dtype=dtype)
+    if right is None:
+        return torch.mul(y, scale, out=out)
+    return torch.addcmul(y.mul_(scale), left[:, None], right, out=out)
 
 
 def backend():
     """What multiplies the codes on this machine, in words."""
     if INTERPRET:
         return "Triton's interpreter"
-    if _major_version() in NATIVE:
+    if _major_version() in FP4_CORES:
         return "Triton, FP4 tensor cores"
-    return f"Triton, codes decoded to BF16 {'for cuBLAS' if _cublas_is_faster() else 'in the GEMM'}"
+    return f"Triton, codes decoded to BF16{', cuBLAS' if _major_version() in CUBLAS else ''}"
 
 
 @torch.library.custom_op("nanofp4::gemm", mutates_args=())
@@ -554,16 +547,14 @@ def gemm(
 
     a, b           codes (M, K/2), (N, K/2); scales (., K/16), or with 16 x 16 blocks (./16, K/16)
     scale_a, _b    tensor scales (), FP32
-    left, right    FP32 (M,) and (N,), or None
+    left, right    FP32 (M,) and (N,), of any strides, or None
     On Blackwell the packed codes are multiplied. Elsewhere they are decoded to BF16, exactly: in
-    the kernel, or in a pass of its own before cuBLAS, whichever was faster on this GPU."""
+    a pass of its own before cuBLAS, or inside the kernel."""
     with torch.cuda.device_of(a):
-        fused = _major_version() in (0, *NATIVE) or not _cublas_is_faster()
-        return (gemm_fused if fused else gemm_cublas)(
-            a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype
-        )
+        variant = gemm_cublas if _major_version() in CUBLAS else gemm_fused
+        return variant(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype)
 
 
 @gemm.register_fake
 def _(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
-    return a.new_empty((len(a), len(b)), dtype=dtype)
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)  # len() would fix the size

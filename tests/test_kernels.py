@@ -53,6 +53,12 @@ def same(got, want):
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
 
 
+def all_same(got, want):
+    for a, b in zip(got, want, strict=True):
+        for s, t in zip(a, b, strict=True):
+            same(s, t)
+
+
 def round_both(x, center=False, hadamard=False, headroom=False, seeds=None):
     """x by the kernel: mean and two NVFP4s; and by the twin, given the kernel's mean."""
     ints = None if seeds is None else torch.tensor(seeds, dtype=torch.int32, device=DEVICE)
@@ -121,9 +127,7 @@ SHAPES = [(1, 16), (16, 16), (17, 48), (33, 528), (100, 80)]
 def test_center_quantize(rows, cols, center, hadamard, seeds):
     for dtype in (torch.float32, torch.bfloat16):
         _, got, want = round_both(matrix(rows, cols, dtype), center, hadamard, False, seeds)
-        for a, b in zip(got, want, strict=True):
-            for s, t in zip(a, b, strict=True):
-                same(s, t)
+        all_same(got, want)
 
 
 def test_headroom_and_seeds():
@@ -131,9 +135,7 @@ def test_headroom_and_seeds():
     codes = []
     for seeds in ((1, 2), (2, 1), (2**31 - 1, 0)):
         _, got, want = round_both(x, True, False, True, seeds)
-        for a, b in zip(got, want, strict=True):
-            for s, t in zip(a, b, strict=True):
-                same(s, t)
+        all_same(got, want)
         codes.append(got[0][0].cpu())
     assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[1], codes[2])
 
@@ -156,9 +158,7 @@ def test_magnitudes(scale):
     x[20, 3] = -0.0
     for seeds in (None, (3, 4)):
         _, got, want = round_both(x, False, False, False, seeds)
-        for a, b in zip(got, want, strict=True):
-            for s, t in zip(a, b, strict=True):
-                same(s, t)
+        all_same(got, want)
 
 
 def test_every_e4m3_scale_and_tie():
@@ -168,9 +168,7 @@ def test_every_e4m3_scale_and_tie():
     ties = torch.tensor([6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 5.5, -0.25, -1.25, -5, 1, 2, 3, 4])
     x = torch.cat((grid[:, None] * ties, torch.full((1, 16), 2688.0)))  # S_enc = 1
     _, got, want = round_both(x)
-    for a, b in zip(got, want, strict=True):
-        for s, t in zip(a, b, strict=True):
-            same(s, t)
+    all_same(got, want)
 
 
 @pytest.mark.parametrize("largest", [1e6, -1e6])
@@ -261,7 +259,9 @@ def nvfp4(rows, cols, block, seed):
     "variant", [kernels.gemm_fused, pytest.param(kernels.gemm_cublas, marks=needs_gpu)]
 )
 @pytest.mark.parametrize("rank_one", [False, True], ids=["", "rank one"])
-@pytest.mark.parametrize("tokens,m,n", [(1, 16, 16), (33, 80, 48), (130, 144, 272)])
+@pytest.mark.parametrize(
+    "tokens,m,n", [(1, 16, 16), (33, 80, 48), (130, 144, 272), (1100, 16, 144)]
+)
 def test_gemm(tokens, m, n, rank_one, variant):
     (x, xv), (w, wv) = nvfp4(tokens, m, (1, 16), 1), nvfp4(n, m, (16, 16), 2)
     (d, dv), (xt, xtv), (dt, dtv) = (
@@ -291,7 +291,7 @@ def test_gemm(tokens, m, n, rank_one, variant):
 def test_left_may_be_expanded():
     (a, av), (b, bv) = nvfp4(20, 32, (1, 16), 0), nvfp4(48, 32, (1, 16), 1)
     args = *a.along(1), *b.along(1), a.tensor_scale, b.tensor_scale
-    right = torch.randn(48, device=DEVICE)
+    right = torch.randn(48, 2, device=DEVICE)[:, 1]
     plain = kernels.gemm(*args, None, None, torch.float32)
     for left in (torch.ones((), device=DEVICE).expand(20), torch.ones(20, 2, device=DEVICE)[:, 0]):
         got = kernels.gemm(*args, left, right, torch.float32)
@@ -354,7 +354,8 @@ def test_layer(recipe, monkeypatch):
         layer.cpu()
         for a, b in zip(got, want, strict=True):
             # FP32 sums in another order, and a mean that so may round a code elsewhere
-            assert (a - b).norm() <= (1e-5 if dtype is torch.float32 else 4e-3) * b.norm()
+            exact = dtype is torch.float32 and DEVICE.type == "cpu"
+            assert (a - b).norm() <= (1e-5 if exact else 4e-3) * b.norm()
 
 
 def test_saved_for_backward(on_kernels):
@@ -390,6 +391,16 @@ def test_compile_without_graph_breaks(on_kernels):
             assert torch.equal(a, b)
     got = run(torch.compile(model, fullgraph=True))[0]  # inductor draws other noise in backward
     assert torch.allclose(got, want[0], rtol=1e-5, atol=1e-4 * want[0].abs().max().item())
+
+
+def test_batch_size_is_dynamic(on_kernels):
+    model, sizes = fp4.FP4Linear(48, 64).to(DEVICE), []
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend=lambda g, _: sizes.append(g) or g
+    )
+    for rows in (32, 40, 17):
+        compiled(matrix(rows, 48).to(DEVICE))
+    assert len(sizes) == 1
 
 
 def test_operators_are_registered_right():
@@ -515,6 +526,8 @@ def test_compiles(table, target, verbs):
     for kernel, case, _, _, shared, spilled, load, verb in rows:
         assert spilled == 0, (kernel, case)
         assert shared <= 99 * 1024 or target in ("sm_90a", "sm_100a")  # 99 KB on sm_86 and sm_120
-        assert load >= (4 if kernel == "scale_chain" else 8), (kernel, case)
+        assert load >= 8 or kernel == "scale_chain" or "odd" in case, (kernel, case)
         assert kernel != "gemm" or all(v in verb for v in verbs)
-    assert {row[1] for row in rows if row[0] == "gemm"} == {"fprop", "dgrad", "wgrad"}
+    assert {row[1] for row in rows if row[0] == "gemm"} == {
+        "fprop", "dgrad", "wgrad", "odd_gemm",
+    }  # fmt: skip
