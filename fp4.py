@@ -36,7 +36,7 @@ and with blocks along tokens; gradients are rounded stochastically, all else to 
 Why emulation is exact: E2M1 times E4M3 has at most 6 significant bits and so fits BF16. A BF16
 product with FP32 accumulation over such values, times the two tensor scales at the end, is NVFP4
 arithmetic up to the order of the FP32 sums. It cannot be faster than BF16; FP4 tensor cores can.
-On a GPU kernels.py takes over, with the same bits; what is here is what they are tested against.
+On a GPU kernels.py takes over, with the same bits for the same mean, and is tested against this.
 """
 
 import functools

@@ -491,7 +491,8 @@ def _major_version():
 def gemm_fused(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
     """`gemm` in one kernel."""
     (M, K2), N, version = a.shape, len(b), _major_version()
-    BM, BN, BK, warps, stages = GEMM.get(version, GEMM[8])
+    tile = GEMM.get(version, GEMM[8])
+    BM, BN, BK, warps, stages = tile if 2 * K2 % tile[2] == 0 else GEMM[8]  # masked loads: smaller
     out = a.new_empty((M, N), dtype=dtype)
     bf16, rank_one = dtype == torch.bfloat16, right is not None
     strides = *a.stride(), *a_scales.stride(), *b.stride(), *b_scales.stride()
