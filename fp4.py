@@ -217,7 +217,7 @@ def quantize(x, *, block=(1, 16), stochastic=False, seed=None, headroom=False):
     stochastic  round up or down at random, right on average given headroom; seed: an int, or an
                 int32 scalar tensor, or None for one from PyTorch's default generator
     headroom    block scales 17/16 larger: else E4M3 rounds some down, values saturate at 6, and
-                stochastic rounding is biased (slope .9965 on Gaussian data)
+                stochastic rounding is biased (slope .9966 on Gaussian data)
 
     Zero tensors and blocks give zeros; a NaN makes its block NaN. ValueError for a shape or block
     that does not fit. Arithmetic: Transformer Engine's reference quantizer, bit for bit."""
@@ -290,8 +290,8 @@ class Recipe:
 
     format: str = "nvfp4"  # of the operands; with bf16 or fp32 nothing else applies
     split: str = "none"  # rank-one part of X and D kept out of the rounding: none, mean or svd
-    fp4_mean: bool = False  # round that part's row (mu, nu) to NVFP4 too
-    fp4_mean_weight: bool = False  # multiply it with the rounded W instead of W
+    round_mean: bool = False  # round that part's row (mu, nu) to NVFP4 too
+    round_mean_weight: bool = False  # multiply it with the rounded W instead of W
     cross_terms: bool = False  # wgrad's mixed terms; zero for means before rounding, noise after
     hadamard: bool = False  # rotate both operands of wgrad along tokens first
     headroom: bool = False  # unbiased stochastic rounding, see `quantize`
@@ -311,7 +311,9 @@ RECIPES = {
     "fp4": Recipe(),
     "fp4_mean": Recipe(split="mean"),
     # arXiv 2603.10444, Eqs. 11 and 12 to the letter
-    "fp4_mean_paper": Recipe(split="mean", fp4_mean=True, fp4_mean_weight=True, cross_terms=True),
+    "fp4_mean_paper": Recipe(
+        split="mean", round_mean=True, round_mean_weight=True, cross_terms=True
+    ),
     "fp4_hadamard": Recipe(hadamard=True),  # arXiv 2509.25149
     "fp4_mean_hadamard": Recipe(split="mean", hadamard=True),
     "fp4_svd": Recipe(split="svd", cross_terms=True),
@@ -369,7 +371,7 @@ class _LinearBF16(torch.autograd.Function):
     """The three GEMMs with BF16 operands: the baseline."""
 
     @staticmethod
-    def forward(ctx, x, w, recipe, keep):  # x (l, m), w (n, m)
+    def forward(ctx, x, w, recipe, training):  # x (l, m), w (n, m)
         x_b, w_b = _bf16(x), _bf16(w)
         ctx.save_for_backward(x_b, w_b)
         return _mm(x_b, w_b.t()).to(x.dtype)  # (l, n)
@@ -429,18 +431,18 @@ class _LinearFP4(torch.autograd.Function):
     """The three GEMMs with NVFP4 operands (W4A4G4), a rank-one part of X and of D apart."""
 
     @staticmethod
-    def forward(ctx, x, w, recipe, keep):  # x (l, m), w (n, m)
-        left, mu, x_q, x_t = _center_quantize(x, recipe, keep)
+    def forward(ctx, x, w, recipe, training):  # x (l, m), w (n, m)
+        left, mu, x_q, x_t = _center_quantize(x, recipe, training)
         w_q = _quantize_weight(w)
 
         # ------------ fprop: Y (l, n) = left (mu W') + R~ W~' ------------
         row = None
         if mu is not None:
-            mu = quantize(mu).dequantize() if recipe.fp4_mean else mu
-            row = mu @ (w_q.dequantize() if recipe.fp4_mean_weight else w).t()
+            mu = quantize(mu).dequantize() if recipe.round_mean else mu
+            row = mu @ (w_q.dequantize() if recipe.round_mean_weight else w).t()
         y = _gemm(x_q, w_q, (1, 1), left, row, x.dtype)
 
-        if keep:  # of x, backward gets 4.5 bits a value and the mean
+        if training:  # of x, backward gets 4.5 bits a value and the mean
             ctx.save_for_backward(w, *w_q.tensors(), w_q.codes_t, *x_t.tensors(), left, mu)
             ctx.recipe, ctx.rows = recipe, x_t.rows
         return y
@@ -458,10 +460,10 @@ class _LinearFP4(torch.autograd.Function):
         # ------------ dgrad: dX (l, m) = left (nu W) + S~ W~ ------------
         row = outer = None
         if nu is not None:
-            if recipe.fp4_mean:
+            if recipe.round_mean:
                 how = {"stochastic": True, "headroom": recipe.headroom, "seed": seeds[2]}
                 nu = quantize(nu, **how).dequantize()
-            row = nu @ (w_q.dequantize() if recipe.fp4_mean_weight else w)
+            row = nu @ (w_q.dequantize() if recipe.round_mean_weight else w)
             outer = nu.t() * (len(d) if recipe.split == "mean" else (left * left_x).sum())
         dx = _gemm(d_q, w_q, (1, 0), left, row, d.dtype)
 
@@ -494,8 +496,8 @@ class FP4Linear(torch.nn.Linear):
         if self.recipe.format == "fp32":
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
         gemms = _LinearFP4 if self.recipe.format == "nvfp4" else _LinearBF16
-        tokens, keep = x.reshape(-1, self.in_features), torch.is_grad_enabled()
-        y = gemms.apply(tokens, self.weight, self.recipe, keep).view(*x.shape[:-1], -1)
+        tokens, training = x.reshape(-1, self.in_features), torch.is_grad_enabled()
+        y = gemms.apply(tokens, self.weight, self.recipe, training).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self):

@@ -6,8 +6,8 @@ an l x m matrix in BF16, bytes an element:
     statistics          2 read: sums, minima and maxima of the columns, in two stages
     center + quantize   2 read, 0.5625 written for each of two directions of the blocks
     weights (FP32)      4 read twice, 1 written: one set of codes, packed along either axis
-    GEMM                0.5625 read an operand; the mean's part is added to the result in registers
-                        (by way of cuBLAS: 4 more an operand, and 14 for each FP32 result)
+    GEMM                0.5625 read an operand, 2 written a result, the mean's part already in it
+                        (by way of cuBLAS: 4 more an operand, and 18 a result with a mean)
 
 NVFP4 needs a tensor's amax before it can round a single value, so vanilla FP4 reads X twice too.
 Centering adds no pass: the columns' statistics give mean and extrema at once, and from these
@@ -22,12 +22,15 @@ and float8 that round (targets differ), and fused multiply-adds of products that
 The twin's mean is PyTorch's, in another order of summation; given one mean, all bits agree.
 """
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 INTERPRET = triton.knobs.runtime.interpret
+if INTERPRET:
+    np.seterr(all="ignore")  # 1 / 0 and infinities are meant
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 STATISTICS = 1024, 128, 32  # columns of a program, parts of the tokens, columns in stage 2
 QUANTIZE = 512, 2, 4  # columns of a program, tokens at a time, warps
@@ -70,28 +73,31 @@ def _hash(i):  # uint32 -> uint32: fp4._hash
 
 @triton.jit
 def _decode_scale(byte):  # E4M3 bytes 0 to 126, int32 -> FP32
-    subnormal = _float(byte | 0x4B000000) - 8388608.0  # (2^23 + byte) - 2^23
-    return tl.where(byte < 8, subnormal * 0.001953125, _float((byte << 20) + 0x3C000000))
+    subnormal = _float(byte | 0x4B000000) - 8388608.0  # 0x4B000000 is 2^23: (2^23 + byte) - 2^23
+    normal = _float((byte << 20) + (120 << 23))  # exponent bias 7 -> 127
+    return tl.where(byte < 8, subnormal * 0.001953125, normal)  # 2^-9
 
 
 @triton.jit
-def _block_scales(block_amax, chain, HEADROOM: tl.constexpr):
-    """FP32 amaxes of blocks -> E4M3 bytes (int32), and factors into [-6, 6]; see `_scale_chain`."""
-    s = block_amax * tl.load(chain + 1)
+def _block_scales(block_amax, table, HEADROOM: tl.constexpr):
+    """FP32 amaxes of blocks -> E4M3 bytes (int32), factors into [-6, 6]. table: `_scale_table`."""
+    s = block_amax * tl.load(table + 1)
     if HEADROOM:
         s = s * (17 / 16)
     s = tl.minimum(s, 448.0)
-    magic = tl.maximum(_float(_bits(s) & 0x7F800000), 0.015625) * 1048576.0
-    s = (s + magic) - magic  # magic's ulp is E4M3's spacing at s
-    byte = tl.where(s < 0.015625, _bits(s + 16384.0) & 7, (_bits(s) >> 20) - 960)
+    power = tl.maximum(_float(_bits(s) & 0x7F800000), 0.015625)  # of two below s, at least 2^-6
+    magic = power * 1048576.0  # 2^20 power has ulp power / 8, which is E4M3's spacing there
+    s = (s + magic) - magic
+    subnormal = _bits(s + 16384.0) & 7  # 2^14 has ulp 2^-9
+    byte = tl.where(s < 0.015625, subnormal, (_bits(s) >> 20) - (120 << 3))  # bias 127 -> 7
     byte = tl.where(block_amax == block_amax, byte, 0x7F)
-    return byte, tl.load(chain + 2 + byte)
+    return byte, tl.load(table + 2 + byte)
 
 
 @triton.jit
 def _encode(y, index, seed, STOCHASTIC: tl.constexpr):
-    """Scaled values -> 4-bit codes, int32, on fp4._encode's three lines. Adding 2^23 rounds to an
-    integer, ties to even, and leaves it in the low bits."""
+    """Scaled values -> 4-bit codes, int32, on fp4._encode's three lines 2a, a + 2, a/2 + 4. Adding
+    2^23 rounds each to an integer, ties to even, and leaves it in the low bits."""
     a = tl.minimum(tl.abs(y), 6.0)
     if STOCHASTIC:
         exact = tl.minimum(tl.minimum(2 * a, a + 2), 0.5 * a + 4)
@@ -179,18 +185,19 @@ def _column_stats(
 
 
 @triton.jit
-def _scale_chain(amax, chain, n, N: tl.constexpr):
-    """From n partial amaxes a tensor's 130 constants: its scale, the factor from a block's amax to
-    its scale, and the factors into [-6, 6] for all block scales. Blocks then need no division."""
+def _scale_table(amax, table, n, N: tl.constexpr):
+    """From n partial amaxes a tensor's table, FP32 (130,): [0] tensor scale, [1] factor from a
+    block's amax to its scale, [2 + byte] factor into [-6, 6] for each scale byte. With it no block
+    needs a division."""
     i = tl.arange(0, N)
     largest = tl.max(tl.load(amax + i, mask=i < n, other=0.0), axis=0)
     encode = tl.minimum(tl.div_rn(2688.0, largest), FP32_MAX)
     encode = tl.where((largest == 0) | (encode == 0), 1.0, encode)
-    tl.store(chain, tl.div_rn(largest, 2688.0))
-    tl.store(chain + 1, encode * (1 / 6))
+    tl.store(table, tl.div_rn(largest, 2688.0))
+    tl.store(table + 1, encode * (1 / 6))
     byte = tl.arange(0, 128)
     inverse = tl.div_rn(1.0, _decode_scale(byte) * tl.div_rn(1.0, encode))
-    tl.store(chain + 2 + byte, tl.minimum(inverse, FP32_MAX))
+    tl.store(table + 2 + byte, tl.minimum(inverse, FP32_MAX))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -210,7 +217,7 @@ def _residual(x, mean, i, j, rows, cols, CENTER: tl.constexpr):
 
 @triton.jit
 def _center_quantize(
-    x, mean, chain, chain_t, seeds, codes, scales, codes_t, scales_t, rows, cols, cols2, cols16,
+    x, mean, table, table_t, seeds, codes, scales, codes_t, scales_t, rows, cols, cols2, cols16,
     CENTER: tl.constexpr, TOKENS: tl.constexpr, HADAMARD: tl.constexpr, STOCHASTIC: tl.constexpr,
     HEADROOM: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +237,7 @@ def _center_quantize(
         i = i0 + t + tl.arange(0, STEP)
         y = tl.reshape(_residual(x, mean, i, j, rows, cols, CENTER), (STEP, K // 16, 16))
         block_amax = _float(tl.max(_bits(y) & 0x7FFFFFFF, axis=2))  # as integers NaN is the largest
-        byte, inverse = _block_scales(block_amax, chain, HEADROOM)
+        byte, inverse = _block_scales(block_amax, table, HEADROOM)
         y = tl.reshape(y * tl.expand_dims(inverse, 2), (STEP, K))
         row, index = i.to(tl.int64)[:, None], (i[:, None] * cols + j[None, :]).to(tl.uint32)
         packed = _pack_rows(_encode(y, index, seed, STOCHASTIC), STEP, K)
@@ -244,7 +251,7 @@ def _center_quantize(
         if HADAMARD:
             r = _rotate(r, K)
         block_amax = _float(tl.max(_bits(r) & 0x7FFFFFFF, axis=0))
-        byte, inverse = _block_scales(block_amax, chain_t, HEADROOM)
+        byte, inverse = _block_scales(block_amax, table_t, HEADROOM)
         index = (i[:, None] * cols + j[None, :]).to(tl.uint32)
         low, high = _row_pairs(_encode(r * inverse[None, :], index, seed_t, STOCHASTIC), K)
         row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
@@ -264,17 +271,17 @@ def _rotated_amax(x, mean, amax, rows, cols, CENTER: tl.constexpr, K: tl.constex
 
 
 @triton.jit
-def _quantize_weight(w, chain, codes, codes_t, scales, n, m, m2, m16, K: tl.constexpr):
+def _quantize_weight(w, table, codes, codes_t, scales, n, m, m2, m16, K: tl.constexpr):
     """W (n, m) in 16 x 16 blocks, packed along rows for fprop and along columns for dgrad."""
     tiles, pid = tl.cdiv(m, K), tl.program_id(0)
     i0, j0 = pid // tiles * 16, pid % tiles * K
     i, j = i0 + tl.arange(0, 16), j0 + tl.arange(0, K)
     j2, j16 = j0 // 2 + tl.arange(0, K // 2), j0 // 16 + tl.arange(0, K // 16)
-    r = _residual(w, w, i, j, n, m, False)
+    r = _residual(w, None, i, j, n, m, False)
     block_amax = tl.reshape(tl.max(_bits(r) & 0x7FFFFFFF, axis=0), (K // 16, 16))
-    byte, inverse = _block_scales(_float(tl.max(block_amax, axis=1)), chain, False)
+    byte, inverse = _block_scales(_float(tl.max(block_amax, axis=1)), table, False)
     y = tl.reshape(r, (16, K // 16, 16)) * tl.expand_dims(tl.expand_dims(inverse, 0), 2)
-    c = _encode(tl.reshape(y, (16, K)), 0, 0, False)
+    c = _encode(tl.reshape(y, (16, K)), None, None, False)
     row = i.to(tl.int64)[:, None]
     tl.store(codes + row * m2 + j2, _pack_rows(c, 16, K), mask=(j2 < m2)[None, :])
     low, high = _row_pairs(c, K)
@@ -306,7 +313,7 @@ def _load_nvfp4(
     codes, scales, m, k, K2, stride_m, stride_k, scale_m, scale_k,
     ROWS: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scale bytes of rows m, columns k to k + BK; zero beyond 2 K2."""
+    """Codes and scale bytes of rows m and columns k to k + BK, 0 beyond 2 K2. ROWS share scales."""
     k2, k16 = k // 2 + tl.arange(0, BK // 2), k // 16 + tl.arange(0, BK // 16)
     codes += m.to(tl.int64)[:, None] * stride_m + k2.to(tl.int64)[None, :] * stride_k
     scales += (m // ROWS).to(tl.int64)[:, None] * scale_m + k16.to(tl.int64)[None, :] * scale_k
@@ -336,7 +343,7 @@ def _gemm(
     height = tl.minimum(down - group * GROUP, GROUP)
     pm, pn = group * GROUP + pid % height, pid % (GROUP * across) // height
     m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-    m_in, n_in = m % M, n % N  # loads stay inside, and vectorized along either axis
+    m_in, n_in = m % M, n % N  # wrapped, so that loads need no mask; what is beyond is not stored
     acc = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(0, 2 * K2, BK):
         ac, asc = _load_nvfp4(a, a_scales, m_in, k, K2, a_m, a_k, as_m, as_k, A_ROWS, BK, EVEN)
@@ -382,7 +389,7 @@ def _check(x, block):
 
 
 def statistics(x, center):
-    """x (rows, cols) -> mean (cols,) or, not centered, (0,), and the residual's `_scale_chain`."""
+    """x (rows, cols) -> mean (cols,) or, not centered, (0,), and the residual's `_scale_table`."""
     rows, cols = x.shape
     block, parts, strip = STATISTICS
     parts = min(parts, triton.next_power_of_2(_cdiv(rows, 16)))
@@ -394,16 +401,16 @@ def statistics(x, center):
     _column_stats[(len(amax),)](
         partial, mean, amax, rows, cols, center, parts, halvings, strip, num_warps=8
     )
-    return mean, _chain(amax)
+    return mean, _table_of(amax)
 
 
-def _chain(amax):
-    chain = amax.new_empty(130)
-    _scale_chain[(1,)](amax, chain, len(amax), triton.next_power_of_2(len(amax)), num_warps=4)
-    return chain
+def _table_of(amax):
+    table = amax.new_empty(130)
+    _scale_table[(1,)](amax, table, len(amax), triton.next_power_of_2(len(amax)), num_warps=4)
+    return table
 
 
-def round_residual(x, mean, chain, tokens, hadamard, headroom, seeds):
+def round_residual(x, mean, table, tokens, hadamard, headroom, seeds):
     """What `center_quantize` returns, given the statistics of x."""
     (rows, cols), center = x.shape, len(mean) > 0
     _, codes, scales, _, codes_t, scales_t, _ = _like_center_quantize(
@@ -411,16 +418,16 @@ def round_residual(x, mean, chain, tokens, hadamard, headroom, seeds):
     )
     K, step, warps = QUANTIZE
     grid = (_cdiv(rows, 16) * _cdiv(cols, K),)
-    chain_t = chain
+    table_t = table
     if tokens and hadamard:
         amax = x.new_empty(grid, dtype=torch.float32)
         _rotated_amax[grid](x, mean, amax, rows, cols, center, K, num_warps=warps)
-        chain_t = _chain(amax.view(-1, _cdiv(cols, K)).amax(0))
+        table_t = _table_of(amax.view(-1, _cdiv(cols, K)).amax(0))
     _center_quantize[grid](
-        x, mean, chain, chain_t, seeds, codes, scales, codes_t, scales_t, rows, cols, cols // 2,
+        x, mean, table, table_t, seeds, codes, scales, codes_t, scales_t, rows, cols, cols // 2,
         cols // 16, center, tokens, hadamard, seeds is not None, headroom, K, step, num_warps=warps,
     )  # fmt: skip
-    return mean, codes, scales, chain[0].clone(), codes_t, scales_t, chain_t[0].clone()
+    return mean, codes, scales, table[0].clone(), codes_t, scales_t, table_t[0].clone()
 
 
 @torch.library.custom_op("nanofp4::center_quantize", mutates_args=())
@@ -439,8 +446,8 @@ def center_quantize(
     _check(x, (1, 16))
     x = x.contiguous()
     with torch.cuda.device_of(x):  # where Triton launches
-        mean, chain = statistics(x, center)
-        return round_residual(x, mean, chain, tokens, hadamard, headroom, seeds)
+        mean, table = statistics(x, center)
+        return round_residual(x, mean, table, tokens, hadamard, headroom, seeds)
 
 
 @center_quantize.register_fake
@@ -466,11 +473,11 @@ def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes, codes_t, scales, _ = _like_quantize_weight(w)
     w, (n, m), (K, _, warps) = w.contiguous(), w.shape, QUANTIZE
     with torch.cuda.device_of(w):
-        _, chain = statistics(w, False)
+        _, table = statistics(w, False)
         _quantize_weight[(n // 16 * _cdiv(m, K),)](
-            w, chain, codes, codes_t, scales, n, m, m // 2, m // 16, K, num_warps=warps
+            w, table, codes, codes_t, scales, n, m, m // 2, m // 16, K, num_warps=warps
         )
-    return codes, codes_t, scales, chain[0].clone()
+    return codes, codes_t, scales, table[0].clone()
 
 
 @quantize_weight.register_fake
