@@ -95,14 +95,14 @@ def in_order(x, parts):
 @pytest.mark.parametrize("rows,cols", [(1, 16), (15, 48), (16, 32), (100, 1040), (2100, 16)])
 def test_mean_and_amax(rows, cols, dtype):
     x = matrix(rows, cols, dtype)
-    mean, chain = (t.cpu() for t in kernels.statistics(x.to(DEVICE), True))
+    mean, table = (t.cpu() for t in kernels.statistics(x.to(DEVICE), True))
     parts = min(128, 2 ** math.ceil(math.log2(-(-rows // 16))))
     same(mean, torch.from_numpy(in_order(x, parts)))
     # sums of a part's rows, of log2(parts) halves, and one division, each within 2^-24
     roundings = -(-rows // parts) + math.log2(parts) + 1
     error = (mean.double() - x.double().mean(0)).abs()
     assert (error <= roundings * 2.0**-24 * x.double().abs().mean(0)).all()
-    same(chain[0] * 1, (x.float() - mean).abs().max() / torch.tensor(2688.0))
+    same(table[0], (x.float() - mean).abs().max() / torch.tensor(2688.0))
     same(
         kernels.statistics(x.to(DEVICE), False)[1][0], x.float().abs().max() / torch.tensor(2688.0)
     )
@@ -520,13 +520,13 @@ def table():
 def test_compiles(table, target, verbs):
     rows = [row for row in table if row[2] == target]
     assert {row[0] for row in rows} == {
-        "column_parts", "column_stats", "scale_chain", "center_quantize", "rotated_amax",
+        "column_parts", "column_stats", "scale_table", "center_quantize", "rotated_amax",
         "quantize_weight", "gemm", "decode_matrix",
     }  # fmt: skip
     for kernel, case, _, _, shared, spilled, load, verb in rows:
         assert spilled == 0, (kernel, case)
         assert shared <= 99 * 1024 or target in ("sm_90a", "sm_100a")  # 99 KB on sm_86 and sm_120
-        assert load >= 8 or kernel == "scale_chain" or "odd" in case, (kernel, case)
+        assert load >= 8 or kernel == "scale_table" or "odd" in case, (kernel, case)
         assert kernel != "gemm" or all(v in verb for v in verbs)
     assert {row[1] for row in rows if row[0] == "gemm"} == {
         "fprop", "dgrad", "wgrad", "odd_gemm",
