@@ -481,9 +481,15 @@ class FP4Linear(torch.nn.Linear):
     recipe: a Recipe or its name in RECIPES. Weights are FP32; inputs FP32 or BF16, and the output
     has the input's dtype. ValueError where features are no multiple of 16. Keep it out of
     torch.autocast, which would round the means. Rounding noise comes
-    from PyTorch's default generator, in backward."""
+    from PyTorch's default generator, in backward.
 
-    def __init__(self, in_features, out_features, bias=True, recipe="fp4_mean", **kwargs):
+    mean_bias: a dial for experiments. A fixed random vector of this many times the input's RMS is
+    added to what NVFP4 operands see, and its product with W taken off the output. In exact
+    arithmetic nothing changes, neither the output nor a gradient."""
+
+    def __init__(
+        self, in_features, out_features, bias=True, recipe="fp4_mean", mean_bias=0.0, **kwargs
+    ):
         super().__init__(in_features, out_features, bias, **kwargs)
         self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
         if self.recipe.format == "nvfp4" and (in_features % BLOCK or out_features % BLOCK):
@@ -491,13 +497,24 @@ class FP4Linear(torch.nn.Linear):
                 f"FP4Linear({in_features}, {out_features}): both must be multiples of "
                 f"{BLOCK}; change the width or keep this layer in bf16"
             )
+        self.mean_bias = mean_bias if self.recipe.format == "nvfp4" else 0.0
+        if self.mean_bias:
+            direction = torch.randn(in_features, generator=torch.Generator().manual_seed(0))
+            self.register_buffer("direction", direction.to(self.weight), persistent=False)
 
     def forward(self, x):
         if self.recipe.format == "fp32":
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
         gemms = _LinearFP4 if self.recipe.format == "nvfp4" else _LinearBF16
         tokens, training = x.reshape(-1, self.in_features), torch.is_grad_enabled()
-        y = gemms.apply(tokens, self.weight, self.recipe, training).view(*x.shape[:-1], -1)
+        if self.mean_bias:
+            rms = tokens.detach().float().square().mean().sqrt()
+            offset = self.mean_bias * rms * self.direction
+            tokens = tokens + offset
+        y = gemms.apply(tokens, self.weight, self.recipe, training)
+        if self.mean_bias:
+            y = (y - F.linear(offset, self.weight)).to(x.dtype)
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self):

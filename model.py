@@ -26,6 +26,9 @@ class ModelConfig:
 
     precision: str = knob("fp4_mean", "recipe of the block linears", choices=list(RECIPES))
     bf16_blocks: int = knob(0, "keep the last N blocks in bf16", zero=True)
+    mean_bias: float = knob(
+        0.0, "an experiment: a mean of this many RMS that only the quantizer sees", zero=True
+    )
     vocab_size: int = knob(
         0, "token embeddings; 0: the dataset's, rounded up to a multiple of 64", zero=True
     )
@@ -75,8 +78,9 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.n_head, config.n_kv_head, config.n_kv_head
         self.head_dim, self.window = config.head_dim, config.block_size
-        self.qkv = FP4Linear(config.dim, sum(self.heads) * self.head_dim, False, recipe)
-        self.out = FP4Linear(config.n_head * self.head_dim, config.dim, False, recipe)
+        how = False, recipe, config.mean_bias
+        self.qkv = FP4Linear(config.dim, sum(self.heads) * self.head_dim, *how)
+        self.out = FP4Linear(config.n_head * self.head_dim, config.dim, *how)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
 
@@ -97,8 +101,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config, recipe):
         super().__init__()
-        self.gate_up = FP4Linear(config.dim, 2 * config.ffn_dim, False, recipe)
-        self.down = FP4Linear(config.ffn_dim, config.dim, False, recipe)
+        how = False, recipe, config.mean_bias
+        self.gate_up = FP4Linear(config.dim, 2 * config.ffn_dim, *how)
+        self.down = FP4Linear(config.ffn_dim, config.dim, *how)
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)

@@ -457,6 +457,35 @@ def exact(monkeypatch):
 
 
 @every_recipe
+def test_dial_changes_nothing_in_exact_arithmetic(exact, recipe):
+    """Output and gradients with a mean bias of 4 RMS that only the rounding could see."""
+    plain, dialed = (layer(recipe, dtype=torch.float64, mean_bias=b) for b in (0.0, 4.0))
+    dialed.load_state_dict(plain.state_dict())
+    x, d = torch.randn(2, 17, 32).double(), torch.randn(2, 17, 48).double()
+    for a, b in zip(backward(dialed, x, d), backward(plain, x, d), strict=True):
+        assert (a - b).abs().max() < 1e-10
+
+
+def test_centering_makes_the_dial_invisible():
+    """Errors against FP32 with a mean of 8 RMS before the quantizer, relative to those without."""
+    x, d = torch.randn(256, 64), torch.randn(256, 48)
+    ratio = {}
+    for recipe in ("fp4", "fp4_mean", "fp4_mean_paper"):
+        errors = []
+        for bias in (0.0, 8.0):
+            torch.manual_seed(0)
+            linear = layer(recipe, m=64, bias=False, mean_bias=bias)
+            torch.manual_seed(1)
+            y, _, dw = backward(linear, x, d)
+            errors.append(
+                [(y - x @ linear.weight.t()).norm().item(), (dw - d.t() @ x).norm().item()]
+            )
+        ratio[recipe] = [b / a for a, b in zip(*errors, strict=True)]
+    assert all(r > 5 for r in ratio["fp4"] + ratio["fp4_mean_paper"]), ratio
+    assert all(abs(r - 1) < 0.02 for r in ratio["fp4_mean"]), ratio
+
+
+@every_recipe
 def test_algebra_is_a_linear_layer(exact, recipe):
     fp4_linear = layer(recipe, dtype=torch.float64)
     linear = torch.nn.Linear(32, 48, dtype=torch.float64)
