@@ -320,8 +320,7 @@ def train(config, resume):
         f"{config.dataset} {len(train_tokens):,} tokens, {tokens_per_step:,} a step"
     )
     if fp4.RECIPES[config.precision].format == "nvfp4":
-        line = fp4.backend(device)
-        world.print(line)
+        world.print(fp4.backend(device))
     forward = torch.compile(model) if config.compile else model
     if world.size > 1:
         forward = DistributedDataParallel(

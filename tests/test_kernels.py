@@ -25,7 +25,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = float("inf"), float("nan")
 FP4_RECIPES = [name for name, r in fp4.RECIPES.items() if r.format == "nvfp4"]
 needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA GPU")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on inf and 1/0
 
 
 @pytest.fixture
