@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fp4 import RECIPES, FP4Linear
+from cli import UserError, why_not
+from experiments.recipes import RECIPES, recipe_of
+from fp4 import FP4Linear
 
 
 def knob(default, help, **kwargs):
-    """A dataclass field with the help text that the command line shows; zero: it may be 0."""
+    """A dataclass field with the help text that the command line shows. low: a number's minimum;
+    without it the number is above 0."""
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
 
 
@@ -25,12 +28,12 @@ class ModelConfig:
     """The defaults are the `nano` preset."""
 
     precision: str = knob("fp4_mean", "recipe of the block linears", choices=list(RECIPES))
-    bf16_blocks: int = knob(0, "keep the last N blocks in bf16", zero=True)
-    mean_bias: float = knob(
-        0.0, "an experiment: a mean of this many RMS that only the quantizer sees", zero=True
+    bf16_blocks: int = knob(0, "keep the last N blocks in bf16", low=0)
+    added_mean: float = knob(
+        0.0, "an experiment: a mean of this many RMS that only the rounding sees", low=0
     )
     vocab_size: int = knob(
-        0, "token embeddings; 0: the dataset's, rounded up to a multiple of 64", zero=True
+        0, "token embeddings; 0: the dataset's, rounded up to a multiple of 64", low=0
     )
     block_size: int = knob(128, "context length in tokens")
     n_layer: int = knob(4, "blocks")
@@ -44,20 +47,23 @@ class ModelConfig:
     norm_eps: float = knob(1e-6, "epsilon of the RMS norms")
 
     def check(self):
-        """ValueError, naming the field, for a config that cannot work."""
+        """UserError, naming the field, for a config that cannot work."""
         for field in dataclasses.fields(self):
-            value, about = getattr(self, field.name), field.metadata
-            if about.get("choices") and value not in about["choices"]:
-                raise ValueError(f"{field.name} {value!r} is not one of {about['choices']}")
-            if type(value) in (int, float) and not (value > 0 or (value == 0 and "zero" in about)):
-                raise ValueError(f"{field.name} {value} is too small")
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices and value not in choices:
+                raise UserError(f"{field.name} {value!r} is not one of {', '.join(choices)}")
+            problem = (
+                why_not(value, field.metadata.get("low")) if type(value) in (int, float) else None
+            )
+            if problem:
+                raise UserError(f"{field.name} {value} {problem}")
         if self.n_head % self.n_kv_head or self.head_dim % 2:
-            raise ValueError(
+            raise UserError(
                 f"bad head split: n_head {self.n_head} must be a multiple of n_kv_head "
                 f"{self.n_kv_head}, and head_dim {self.head_dim} even"
             )
         if self.bf16_blocks > self.n_layer:
-            raise ValueError(f"bf16_blocks {self.bf16_blocks} is more than n_layer {self.n_layer}")
+            raise UserError(f"bf16_blocks {self.bf16_blocks} is more than n_layer {self.n_layer}")
 
 
 class RMSNorm(nn.RMSNorm):
@@ -78,9 +84,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.n_head, config.n_kv_head, config.n_kv_head
         self.head_dim, self.window = config.head_dim, config.block_size
-        how = False, recipe, config.mean_bias
-        self.qkv = FP4Linear(config.dim, sum(self.heads) * self.head_dim, *how)
-        self.out = FP4Linear(config.n_head * self.head_dim, config.dim, *how)
+        self.qkv = FP4Linear(config.dim, sum(self.heads) * self.head_dim, False, recipe)
+        self.out = FP4Linear(config.n_head * self.head_dim, config.dim, False, recipe)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
 
@@ -89,21 +94,24 @@ class Attention(nn.Module):
         heads = self.qkv(x).view(batch, time, -1, self.head_dim).split(self.heads, dim=2)
         q, k, v = (h.transpose(1, 2) for h in heads)  # (B, heads, T, head_dim)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        mask = None
+        if cache:  # a new token sees itself and window - 1 tokens before it, cached ones too
+            seen = slice(1 - self.window - time, None)
+            k, v = torch.cat((cache[0], k), 2)[:, :, seen], torch.cat((cache[1], v), 2)[:, :, seen]
+            old = k.shape[2] - time
+            mask = torch.ones(time, old + time, dtype=torch.bool, device=x.device)
+            mask = mask.tril(old).triu(old - self.window + 1)
         if cache is not None:
-            if cache:
-                k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
-            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
-            cache[:] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=time > 1, enable_gqa=True)
+            cache[:] = k[:, :, -self.window :], v[:, :, -self.window :]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.out(y.transpose(1, 2).reshape(batch, time, -1))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config, recipe):
         super().__init__()
-        how = False, recipe, config.mean_bias
-        self.gate_up = FP4Linear(config.dim, 2 * config.ffn_dim, *how)
-        self.down = FP4Linear(config.ffn_dim, config.dim, *how)
+        self.gate_up = FP4Linear(config.dim, 2 * config.ffn_dim, False, recipe)
+        self.down = FP4Linear(config.ffn_dim, config.dim, False, recipe)
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -131,10 +139,11 @@ class GPT(nn.Module):
         super().__init__()
         config.check()
         self.config = config
+        recipe = recipe_of(config.precision, config.added_mean)
         high = config.n_layer - config.bf16_blocks  # from this block on, bf16
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(
-            Block(config, config.precision if i < high else "bf16") for i in range(config.n_layer)
+            Block(config, recipe if i < high else "bf16") for i in range(config.n_layer)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)

@@ -1,9 +1,9 @@
-"""Pretrain a GPT in NVFP4, BF16, or any recipe of fp4.py, on one CPU, one GPU or several.
+"""Pretrain a GPT in NVFP4, BF16, or any other recipe, on one CPU, one GPU or several.
 
     python train.py --precision fp4_mean              on a CPU the nano preset, about 4 minutes
     python train.py --preset 124m --dataset fineweb
     python train.py --resume --out-dir out/nano-fp4_mean
-    torchrun --nproc-per-node 8 train.py --preset 124m
+    torchrun --nproc-per-node 8 train.py --preset 124m --dataset fineweb
 
 A run is a folder: config.json, metrics.jsonl, checkpoint.pt, loss.png. Whatever is random at a step
 is a function of (seed, purpose, step, rank) alone. So runs that differ only in --precision start
@@ -11,7 +11,6 @@ from the same weights and see the same batches, evaluation disturbs nothing, and
 repeats, bit for bit, the run that was not interrupted.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -19,179 +18,71 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import fp4
-from data.shards import DataError, load, prepare_if_missing
+from cli import UserError, script
+from data.shards import load, prepare_if_missing
 from data.vocab import get_encoding
-from model import GPT, ModelConfig, knob
+from experiments.recipes import AddedMean
+from model import GPT
+from run import (
+    CHECKPOINT_FORMAT,
+    World,
+    generator_for,
+    parse,
+    read_checkpoint,
+    save,
+    seed_for,
+)
 
-PRESETS = Path(__file__).parent / "presets"
-CHECKPOINT_FORMAT = "nanofp4 checkpoint 1"
 FREE_ON_RESUME = {
     "out_dir", "device", "compile", "max_steps", "eval_interval", "log_interval", "keep"
 }  # fmt: skip
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense BF16
 
 
-class RunError(Exception):
-    """What a user can put right: shown as one line, without a traceback."""
-
-
-@dataclasses.dataclass
-class Config(ModelConfig):
-    dataset: str = knob("shakespeare", "a folder under data/, or a path to one")
-    out_dir: str = knob("", "the run's folder; by default out/PRESET-PRECISION")
-    max_steps: int = knob(320, "optimizer steps")
-    batch_size: int = knob(16, "sequences a step, over all processes and micro-steps")
-    grad_accum: int = knob(1, "micro-steps a step, for batches that do not fit in memory")
-    learning_rate: float = knob(2e-3, "peak learning rate of AdamW")
-    min_lr: float = knob(0.1, "final learning rate, as a share of the peak", zero=True)
-    warmup_steps: int = knob(32, "steps of linear warm-up; a cosine follows", zero=True)
-    weight_decay: float = knob(0.1, "of the matrices; vectors have none", zero=True)
-    beta1: float = knob(0.9, "AdamW", zero=True)
-    beta2: float = knob(0.95, "AdamW", zero=True)
-    grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", zero=True)
-    eval_interval: int = knob(80, "steps between checkpoints, each followed by an evaluation")
-    eval_windows: int = knob(128, "validation sequences, evenly spaced, always the same")
-    log_interval: int = knob(10, "steps between progress lines")
-    keep: bool = knob(False, "keep the checkpoint of every evaluation, as step-N.pt")
-    seed: int = knob(1337, "of weights, batches and rounding noise", zero=True)
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
-    compile: bool = knob(False, "torch.compile the whole model")
-
-
-def parse(argv):
-    """The command line, over the preset or with --resume the run's config, over the defaults."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise RunError(f"{message} HINT: python train.py --help")
-
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
-    parser.add_argument(
-        "--preset", help=f"{names}, or a config.json (nano on a CPU, small on a GPU)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
-    for field in dataclasses.fields(Config):
-        if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        else:
-            kind = {"type": field.type, "choices": field.metadata.get("choices")}
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            help=f"{field.metadata['help']} ({field.default})",
-            **kind,
-        )
-    given = vars(parser.parse_args(argv))
-    preset, resume = given.pop("preset"), given.pop("resume")
-    if resume:
-        if preset or not given.get("out_dir"):
-            raise RunError("--resume needs the run's --out-dir, and takes the config from there")
-        path = Path(given["out_dir"]) / "config.json"
-    else:
-        gpu = torch.cuda.is_available() and given.get("device") != "cpu"
-        preset = preset or ("small" if gpu else "nano")
-        path = Path(preset) if preset.endswith(".json") else PRESETS / f"{preset}.json"
-        if not path.exists():
-            raise RunError(f"no preset {preset!r}: there are {names}. HINT: or give a .json file")
-    config = Config(**{**read_config(path), **given})
-    config.out_dir = config.out_dir or f"out/{path.stem}-{config.precision}"
-    config.check()
-    return config, resume
-
-
-def read_config(path):
-    """A JSON object of Config's names. RunError for anything else."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}") from None
-    types = {f.name: f.type for f in dataclasses.fields(Config)}
-    if not isinstance(values, dict):
-        raise RunError(f"{path} is not a JSON object")
-    for name, value in values.items():
-        if name not in types:
-            raise RunError(f"{path}: unknown name {name!r}")
-        if type(value) is not types[name] and (types[name], type(value)) != (float, int):
-            raise RunError(f"{path}: {name} {value!r} is not a {types[name].__name__}")
-    return values
-
-
-def seed_for(config, purpose, step=0, rank=0):
-    """A 63-bit seed for one purpose, step and rank, independent of all others."""
-    purposes = ("init", "data", "noise", "sample")
-    key = (config.seed, purposes.index(purpose), step, rank)
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-def generator_for(*key):
-    return torch.Generator().manual_seed(seed_for(*key))
-
-
-class World:
-    """The processes of this run, which torchrun names in the environment, and this one's device."""
-
-    def __init__(self, device):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device.split(":")[0] not in ("cpu", "cuda"):
-            raise RunError(f"--device {device} is not auto, cpu, cuda or cuda:N")
-        if device == "cuda" and self.size > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise RunError(f"--device {device}: PyTorch sees no CUDA GPU here")
-        self.device = torch.device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    def mean(self, value):
-        """The mean of a scalar tensor over all processes, as a float."""
-        value = value.detach().double()
-        if self.size > 1:
-            dist.all_reduce(value)
-        return value.item() / self.size
-
-    def share(self, rows):
-        return rows[self.rank * len(rows) // self.size : (self.rank + 1) * len(rows) // self.size]
-
-    def print(self, *args):
-        if self.rank == 0:
-            print(*args, flush=True)
+# ------------------------------------------------------------------------------------------------
+# The parts of a step.
 
 
 def batch(tokens, starts, config, device):
+    """Inputs and targets (B, T), int64."""
     window = tokens.batch(starts, config.block_size + 1).to(device)
     return window[:, :-1], window[:, 1:]
 
 
-def spread(tokens, n, config):
-    """The numbers of n evenly spaced windows, always the same."""
-    last = tokens.windows(config.block_size + 1) - 1
-    return torch.linspace(0, last, n, dtype=torch.float64).long()
+def learning_rate(step, config):
+    """Linear warm-up, then a cosine to min_lr times the peak."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+    return config.learning_rate * (config.min_lr + (1 - config.min_lr) * cosine)
+
+
+def make_optimizer(model, config):
+    """AdamW: matrices decay, vectors do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
 
 
 @torch.no_grad()
 def evaluate(model, tokens, config, world):
-    """Mean loss in nats over fixed windows, in batches of the training size."""
-    starts = spread(tokens, config.eval_windows, config)
+    """Mean loss in nats over fixed windows, in batches of the training size, with rounding noise of
+    its own."""
+    torch.manual_seed(seed_for(config, "evaluation", 0, world.rank))
+    starts = tokens.spaced(config.eval_windows, config.block_size + 1)
     total = torch.zeros((), device=world.device)
     for chunk in starts.split(max(config.batch_size // config.grad_accum, world.size)):
         mine = world.share(chunk)
@@ -201,143 +92,124 @@ def evaluate(model, tokens, config, world):
 
 
 @torch.no_grad()
-def mean_share(model, tokens):
-    """||mu||^2 / E||x||^2 of what FP4Linears quantize, a mean over them; tokens: ids (B, T). Of
-    N tokens whose values have no mean it is about 1 / N."""
+def mean_share(model, ids, config):
+    """fp4.mean_share of what FP4Linears round, a mean over them; ids (B, T)."""
     shares = []
 
     def look(layer, inputs):
-        x = inputs[0].flatten(0, -2).float()
-        x = x + layer.offset(x) if layer.mean_bias else x
-        shares.append(x.mean(0).square().sum() / x.square().sum(1).mean())
+        x, recipe = inputs[0].flatten(0, -2), layer.recipe
+        shares.append(fp4.mean_share(x + recipe.mean(x) if isinstance(recipe, AddedMean) else x))
 
     layers = [m for m in model.modules() if isinstance(m, fp4.FP4Linear)]
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
-    model(tokens)
+    torch.manual_seed(seed_for(config, "evaluation"))
+    model(ids)
     for hook in hooks:
         hook.remove()
     return torch.stack(shares).mean().item()
 
 
-def learning_rate(step, config):
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1)))
-    return config.learning_rate * (config.min_lr + (1 - config.min_lr) * cosine)
+# ------------------------------------------------------------------------------------------------
+# The folder of a run.
 
 
-def make_optimizer(model, config):
-    groups = [
-        {
-            "params": [p for p in model.parameters() if p.ndim >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
-
-
-def save(path, state):
-    """Atomic: the old checkpoint stays until the new one is whole and on disk."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"cannot save {path}: {error}; the checkpoint before it stays") from None
-
-
-def read_checkpoint(path, device="cpu"):
-    """A checkpoint of ours as a dict; nothing in it is executed. RunError for anything else."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise RunError(f"no checkpoint at {path}") from None
-    except Exception:  # what a broken pickle raises has no common type
-        raise RunError(f"{path} is cut short or not a checkpoint") from None
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise RunError(f"{path} is not a checkpoint of this project")
-    return state
-
-
-def resume_run(state, config, model, optimizer):
-    """Load a checkpoint into model and optimizer; returns the step it was saved at."""
+def resume_run(out, config, model, optimizer, world):
+    """Load the checkpoint in `out`: its step, and the metrics before it. What is lost of those is
+    said, and no reason to stop."""
+    state = read_checkpoint(out / "checkpoint.pt", world.device)
     now, then = dataclasses.asdict(config), state["config"]
     changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != then.get(k)]
     if changed:
         pairs = ", ".join(f"{k} {then.get(k)} is not {now[k]}" for k in changed)
-        raise RunError(f"the checkpoint has another config: {pairs}. HINT: use another --out-dir")
+        raise UserError(f"the checkpoint has another config: {pairs}. HINT: use another --out-dir")
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    if state["optimizer"]:  # else weights that came from elsewhere
+        optimizer.load_state_dict(state["optimizer"])
+
+    metrics, step, file = [], state["step"], out / "metrics.jsonl"
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged, or torn by a kill
+            metrics += [m for m in [json.loads(line)] if m["step"] < step]
+    lost = step - sum("loss" in m for m in metrics)
+    if lost:
+        world.print(f"{file} has lost {lost} of {step} steps: loss.png will have a gap")
+    return step, metrics
 
 
 def plot(metrics, path, title):
-    import matplotlib
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's need not be installed here
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
-    val = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*train, strict=True), lw=0.8, label="training")
-    axes.plot(*zip(*val, strict=True), "o-", ms=4, label="validation")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(m["step"], m[key]) for m in metrics if key in m]
+        axes.plot(*np.array(points).reshape(-1, 2).T, style, lw=0.8, ms=4, label=label)
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
-def train(config, resume):
-    world = World(config.device)
+def bits_per_byte(loss, tokens):
+    """Comparable across tokenizers, unlike the loss per token; loss in nats."""
+    return f"{loss / math.log(2) / tokens.bytes_per_token:.4f}" if tokens.bytes_per_token else "n/a"
+
+
+def attempt(what, f, *args):
+    """What follows the training must not undo it."""
+    try:
+        return f(*args)
+    except Exception as error:
+        print(f"no {what}: {type(error).__name__}: {error}")
+
+
+# ------------------------------------------------------------------------------------------------
+# A run, from the first line to the last.
+
+
+def train(config, resume, world):
     device, out = world.device, Path(config.out_dir)
     per_step = world.size * config.grad_accum
     if config.batch_size % per_step:
-        raise RunError(
+        raise UserError(
             f"batch_size {config.batch_size} does not split into {world.size} processes "
             f"times grad_accum {config.grad_accum}"
         )
     if not resume and (out / "checkpoint.pt").exists():
-        raise RunError(
+        raise UserError(
             f"{out} holds another run. HINT: --resume goes on with it, --out-dir names "
             "another folder"
         )
 
+    # data
     if world.rank == 0:
         prepare_if_missing(config.dataset)
-    if world.size > 1:
-        dist.barrier()
+    world.wait()
     train_tokens, val_tokens = load(config.dataset, "train"), load(config.dataset, "val")
     encoding = get_encoding(train_tokens.tokenizer)
     config.vocab_size = config.vocab_size or -(-train_tokens.vocab_size // 64) * 64
     if config.vocab_size < train_tokens.vocab_size:
-        raise RunError(
+        raise UserError(
             f"vocab_size {config.vocab_size} is less than {train_tokens.vocab_size}, that "
             f"of {config.dataset}"
         )
     windows = train_tokens.windows(config.block_size + 1)
-    val_tokens.windows(config.block_size + 1)
+    rows = val_tokens.spaced(config.batch_size // per_step, config.block_size + 1)
+    share_ids, _ = batch(val_tokens, rows, config, device)  # to measure the mean's share by
 
+    # model, optimizer, and the folder
     model = GPT(config, generator_for(config, "init")).to(device)
     optimizer = make_optimizer(model, config)
     step, metrics = 0, []
     if resume:
-        step = resume_run(read_checkpoint(out / "checkpoint.pt", device), config, model, optimizer)
+        step, metrics = resume_run(out, config, model, optimizer, world)
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if resume:
-            with open(out / "metrics.jsonl") as file:
-                whole = [json.loads(line) for line in file if line.endswith("\n")]  # not a torn one
-            metrics = [m for m in whole if m["step"] < step]
+        world.lock(out)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
+    # what runs, and how fast it could
     parameters = sum(p.numel() for p in model.parameters())
     tokens_per_step = config.batch_size * config.block_size
     flops_per_step = model.flops_per_token() * tokens_per_step
@@ -347,13 +219,12 @@ def train(config, resume):
         f"{config.precision} on {world.size} x {name}: {parameters / 1e6:.2f} M parameters, "
         f"{config.dataset} {len(train_tokens):,} tokens, {tokens_per_step:,} a step"
     )
-    if fp4.RECIPES[config.precision].format == "nvfp4":
+    if config.precision.startswith("fp4"):
         world.print(fp4.backend(device))
     forward = torch.compile(model) if config.compile else model
     if world.size > 1:
-        forward = DistributedDataParallel(
-            forward, device_ids=[device] if device.type == "cuda" else None
-        )
+        ids = [device] if device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, device_ids=ids)
 
     def log(**record):
         metrics.append(record)
@@ -361,70 +232,62 @@ def train(config, resume):
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def checkpoint():
-        if world.rank == 0:
-            save(
-                out / "checkpoint.pt",
-                {
-                    "format": CHECKPOINT_FORMAT,
-                    "step": step,
-                    "config": dataclasses.asdict(config),
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                },
-            )
-            if config.keep and not stop:
-                shutil.copy(out / "checkpoint.pt", out / f"step-{step}.pt")
-
     def diverged(what):
-        return RunError(
+        return UserError(
             f"step {step}: {what}; {out}/checkpoint.pt is the last good state. HINT: a lower "
             "--learning-rate or more --warmup-steps"
         )
 
-    some = spread(val_tokens, config.batch_size // per_step, config)
-    seen, _ = batch(val_tokens, some, config, device)  # by which the mean's share is measured
     interrupted = []
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: interrupted.append(True))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupted.append(True))
     began, times = time.monotonic(), []
     while True:
+        # evaluate, then save: what evaluates to nan must not replace a good checkpoint
         stop = world.mean(torch.tensor(float(bool(interrupted)), device=device)) > 0
-        if stop or step % config.eval_interval == 0 or step >= config.max_steps:
-            if not stop:  # what evaluates to nan must not replace a good checkpoint
-                val_loss = evaluate(model, val_tokens, config, world)
-                if not math.isfinite(val_loss):
-                    raise diverged(f"val loss {val_loss}")
-            checkpoint()
-            if stop:
-                break
-            share = mean_share(model, seen)
+        last = step >= config.max_steps
+        due = not stop and (last or step % config.eval_interval == 0)
+        if due:
+            val_loss = evaluate(model, val_tokens, config, world)
+            if not math.isfinite(val_loss):
+                raise diverged(f"val loss {val_loss}")
+        if (due or stop) and world.rank == 0:
+            state = {
+                "format": CHECKPOINT_FORMAT,
+                "step": step,
+                "config": dataclasses.asdict(config),
+            }
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(out / "checkpoint.pt", state)
+            if config.keep and due:
+                shutil.copy(out / "checkpoint.pt", out / f"step-{step}.pt")
+        if due:
+            share = mean_share(model, share_ids, config)
             log(step=step, val_loss=val_loss, mean_share=share)
             world.print(f"step {step:6d}  val loss {val_loss:.4f}  mean share {share:.3f}")
-        if step >= config.max_steps:
+        if stop or last:
             break
 
+        # a step: forward and backward in micro-steps, clip, update
         tick = time.monotonic()
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(seed_for(config, "noise", step, world.rank))
-        starts = torch.randint(
-            windows, (config.batch_size,), generator=generator_for(config, "data", step)
-        )
-        micro = starts.view(config.grad_accum, -1)
+        generator = generator_for(config, "data", step)
+        starts = torch.randint(windows, (config.batch_size,), generator=generator)
+        micro_steps = starts.view(config.grad_accum, -1)
         loss = torch.zeros((), device=device)
-        for i, rows in enumerate(micro):
+        for i, rows in enumerate(micro_steps, 1):
             x, y = batch(train_tokens, world.share(rows), config, device)
-            last = i == len(micro) - 1
-            with forward.no_sync() if world.size > 1 and not last else contextlib.nullcontext():
+            wait = world.size > 1 and i < len(micro_steps)  # to add up gradients over processes
+            with forward.no_sync() if wait else contextlib.nullcontext():
                 part = forward(x, y) / config.grad_accum
                 part.backward()
             loss += part.detach()
         loss = world.mean(loss)
-        norm = torch.nn.utils.clip_grad_norm_(
-            model.parameters(), config.grad_clip or math.inf
-        ).item()
+        clip = config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise diverged(f"loss {loss}, gradient norm {norm}")
         optimizer.step()
@@ -441,21 +304,26 @@ def train(config, resume):
                 f"{(config.max_steps - step) * pace:.0f} s left"
             )
 
+    # a curve, a sample, a summary
     if world.rank:
         return
     if stop:
         print(f"stopped at step {step} and saved. HINT: python train.py --resume --out-dir {out}")
         return
-    plot(metrics, out / "loss.png", f"{config.precision}, {config.dataset}")
+    title = f"{config.precision}, {config.dataset}"
+    attempt("loss curve", plot, metrics, out / "loss.png", title)
     prompt = torch.tensor([[encoding.eot_token]], device=device)
-    text = model.generate(prompt, 100, 0.8, 50, generator_for(config, "sample"))[0, 1:].tolist()
-    print(f"\n--- sample ---\n{encoding.decode([t for t in text if t < encoding.n_vocab])}\n---")
+    generator = generator_for(config, "sample")
+    text = attempt("sample", model.generate, prompt, 100, 0.8, 50, generator)
+    text = [] if text is None else [t for t in text[0, 1:].tolist() if t < encoding.n_vocab]
+    attempt("sample", print, f"\n--- sample ---\n{encoding.decode(text)}\n---")
+    losses = [m["loss"] for m in metrics if "loss" in m][-20:]
     summary = {
         "precision": config.precision,
         "parameters": parameters,
         "steps": step,
         "tokens": step * tokens_per_step,
-        "train_loss": f"{np.mean([m['loss'] for m in metrics if 'loss' in m][-20:]):.4f}",
+        "train_loss": f"{np.mean(losses):.4f}" if losses else "n/a",
         "val_loss": f"{val_loss:.4f}",
         "bits_per_byte": bits_per_byte(val_loss, val_tokens),
         "tokens_per_second": f"{tokens_per_step / np.median(times or [math.inf]):.0f}",
@@ -465,25 +333,18 @@ def train(config, resume):
     print("\n".join(f"{k}: {v}" for k, v in summary.items()))
 
 
-def bits_per_byte(loss, tokens):
-    """Comparable across tokenizers, unlike the loss per token; loss in nats."""
-    return f"{loss / math.log(2) / tokens.bytes_per_token:.4f}" if tokens.bytes_per_token else "n/a"
-
-
 def main(argv=None):
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    config, resume = parse(__doc__, argv)
+    world = World(config.device)
     try:
-        train(*parse(argv))
-        if dist.is_initialized():
-            dist.barrier()  # gloo aborts a process that leaves in the middle of a collective
-    except (RunError, DataError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        train(config, resume, world)
+        world.wait()  # gloo aborts a process that leaves in the middle of a collective
     finally:
+        world.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cli import UserError
+
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000  # the count in the header is an int32
@@ -28,8 +30,8 @@ DATA = Path(__file__).resolve().parent
 AUTOMATIC = ("shakespeare", "pydocs")  # small, and their scripts need no arguments
 
 
-class DataError(Exception):
-    """Data is missing or broken. The message is one line, and mostly a HINT line that helps."""
+class DataError(UserError):
+    """Data is missing or broken."""
 
 
 def hint(directory):
@@ -145,6 +147,10 @@ class Tokens:
                 f"has {longest}\nHINT: a shorter block, or more text"
             )
         return count
+
+    def spaced(self, n, length):
+        """The numbers of n evenly spaced windows of `length` tokens, always the same: (n,)."""
+        return torch.linspace(0, self.windows(length) - 1, n, dtype=torch.float64).long()
 
     def batch(self, starts, length):
         """Windows number `starts` (B,), each in range(windows(length)), as int64 (B, length).

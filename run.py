@@ -1,0 +1,223 @@
+"""What a run is: its config and command line, its random numbers, its folder, its processes.
+
+A run is a folder: config.json, metrics.jsonl, checkpoint.pt, loss.png. Whatever is random in it is
+a function of (seed, purpose, step, rank) alone.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from cli import Parser, UserError
+from data.shards import load
+from data.vocab import get_encoding
+from model import GPT, ModelConfig, knob
+
+PRESETS = Path(__file__).parent / "presets"
+CHECKPOINT_FORMAT = "nanofp4 checkpoint 1"
+PURPOSES = "init", "data", "noise", "sample", "evaluation"  # their order is part of every seed
+RENAMED = {"mean_bias": "added_mean"}  # names of Config in older runs
+
+
+@dataclasses.dataclass
+class Config(ModelConfig):
+    dataset: str = knob("shakespeare", "a folder under data/, or a path to one")
+    out_dir: str = knob("", "the run's folder; by default out/PRESET-PRECISION")
+    max_steps: int = knob(320, "optimizer steps")
+    batch_size: int = knob(16, "sequences a step, over all processes and micro-steps")
+    grad_accum: int = knob(1, "micro-steps a step, for batches that do not fit in memory")
+    learning_rate: float = knob(2e-3, "peak learning rate of AdamW")
+    min_lr: float = knob(0.1, "final learning rate, as a share of the peak", low=0)
+    warmup_steps: int = knob(32, "steps of linear warm-up; a cosine follows", low=0)
+    weight_decay: float = knob(0.1, "of the matrices; vectors have none", low=0)
+    beta1: float = knob(0.9, "AdamW", low=0)
+    beta2: float = knob(0.95, "AdamW", low=0)
+    grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", low=0)
+    eval_interval: int = knob(80, "steps between checkpoints, each followed by an evaluation")
+    eval_windows: int = knob(128, "validation sequences, evenly spaced, always the same")
+    log_interval: int = knob(10, "steps between progress lines")
+    keep: bool = knob(False, "keep the checkpoint of every evaluation, as step-N.pt")
+    seed: int = knob(1337, "of weights, batches and rounding noise", low=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    compile: bool = knob(False, "torch.compile the whole model")
+
+
+def parse(doc, argv):
+    """(Config, whether to resume) of a command line, over the preset or with --resume the run's
+    config, over the defaults. UserError, naming the argument, for what cannot work."""
+    names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
+    parser = Parser(doc)
+    parser.add_argument(
+        "--preset", help=f"{names}, or a config.json (nano on a CPU, small on a GPU)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
+    for field in dataclasses.fields(Config):
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": field.type, "choices": field.metadata.get("choices")}
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            help=f"{field.metadata['help']} ({field.default})",
+            **kind,
+        )
+    values = vars(parser.parse_args(argv))
+    preset, resume = values.pop("preset"), values.pop("resume")
+    if resume:
+        if preset or not values.get("out_dir"):
+            raise UserError("--resume needs the run's --out-dir, and takes the config from there")
+        path = Path(values["out_dir"]) / "config.json"
+    else:
+        gpu = torch.cuda.is_available() and values.get("device") != "cpu"
+        preset = preset or ("small" if gpu else "nano")
+        path = Path(preset) if preset.endswith(".json") else PRESETS / f"{preset}.json"
+        if not path.exists():
+            raise UserError(f"no preset {preset!r}: there are {names}. HINT: or give a .json file")
+    config = Config(**{**read_config(path), **values})
+    config.out_dir = config.out_dir or f"out/{path.stem}-{config.precision}"
+    config.check()
+    return config, resume
+
+
+def read_json(path):
+    """A JSON object as a dict; UserError if there is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return values
+
+
+def read_config(path):
+    """A JSON object of Config's names as a dict. UserError for anything else."""
+    types = {f.name: f.type for f in dataclasses.fields(Config)}
+    values = {RENAMED.get(name, name): value for name, value in read_json(path).items()}
+    for name, value in values.items():
+        if name not in types:
+            raise UserError(f"{path}: unknown name {name!r}")
+        if type(value) is not types[name] and (types[name], type(value)) != (float, int):
+            raise UserError(f"{path}: {name} {value!r} is not a {types[name].__name__}")
+    return values
+
+
+def seed_for(config, purpose, step=0, rank=0):
+    """A 63-bit seed for one purpose, step and rank, independent of all others."""
+    key = (config.seed, PURPOSES.index(purpose), step, rank)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator_for(*key):
+    return torch.Generator().manual_seed(seed_for(*key))
+
+
+class World:
+    """The processes of this run, which torchrun names in the environment, and this one's device."""
+
+    def __init__(self, device="auto"):
+        self.held = None  # the folder's lock
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.split(":")[0] not in ("cpu", "cuda"):
+            raise UserError(f"--device {device} is not auto, cpu, cuda or cuda:N")
+        if device == "cuda" and self.size > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: PyTorch sees no CUDA GPU here")
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def mean(self, value):
+        """The mean of a scalar tensor over all processes, as a float."""
+        value = value.detach().double()
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value.item() / self.size
+
+    def share(self, rows):
+        return rows[self.rank * len(rows) // self.size : (self.rank + 1) * len(rows) // self.size]
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def print(self, *args):
+        if self.rank == 0:
+            print(*args, flush=True)
+
+    def lock(self, folder):
+        """Hold a run's folder, until `close` or the process ends; UserError if another has it."""
+        self.held = filelock.FileLock(folder / ".lock", timeout=0)
+        try:
+            self.held.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another process is training in {folder}") from None
+
+    def close(self):
+        if self.held:
+            self.held.release()
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def save(path, state):
+    """Atomic: the old checkpoint stays until the new one is whole and on disk."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot save {path}: {error}; the checkpoint before it stays") from None
+
+
+def read_checkpoint(path, device="cpu"):
+    """A checkpoint of ours as a dict; nothing in it is executed. UserError for anything else."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except Exception:  # what a broken pickle raises has no common type
+        raise UserError(f"{path} is cut short or not a checkpoint") from None
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project")
+    state["config"] = {RENAMED.get(name, name): v for name, v in state["config"].items()}
+    return state
+
+
+def load_model(path, device="cpu", precision=None):
+    """The model of a run's folder or of one checkpoint, in its own or another precision, in
+    evaluation mode, and the run's config as a dict."""
+    path = Path(path)
+    state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
+    config = ModelConfig(
+        **{f.name: state["config"][f.name] for f in dataclasses.fields(ModelConfig)}
+    )
+    config.precision = precision or config.precision
+    model = GPT(config).to(device)
+    model.load_state_dict(state["model"])
+    return model.eval(), state["config"]
+
+
+def encoding_of(config):
+    """The tiktoken.Encoding of a run's dataset; UserError for a model that came without one."""
+    if not config["dataset"]:
+        raise UserError("this model came from elsewhere, and its tokenizer is none of ours")
+    return get_encoding(load(config["dataset"], "val").tokenizer)
