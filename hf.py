@@ -1,7 +1,7 @@
 """A run as a Hugging Face Qwen3ForCausalLM directory, and such a directory as a run.
 
-    python export.py to-hf out/nano-fp4_mean hf/nano
-    python export.py from-hf hf/nano out/nano-again
+    python hf.py to-hf out/nano-fp4_mean hf/nano
+    python hf.py from-hf hf/nano out/nano-again
 
 What to-hf writes (config.json, model.safetensors, a tokenizer) loads without this project:
 AutoModelForCausalLM.from_pretrained("hf/nano"). Weights are the FP32 master weights, bit for bit,
@@ -14,21 +14,19 @@ A model that was not ours comes without one of our tokenizers, so neither does t
 to-hf needs transformers, for the tokenizer: requirements-dev.txt.
 """
 
-import argparse
 import dataclasses
 import json
-import sys
+import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data.shards import DataError
+from cli import Parser, UserError, script, why_not
 from data.vocab import EOT, PATTERN
 from model import GPT, ModelConfig
-from sample import encoding_of, load_model
-from train import CHECKPOINT_FORMAT, Config, RunError, make_optimizer, read_config, save
+from run import CHECKPOINT_FORMAT, Config, encoding_of, load_model, read_config, read_json, save
 
 FIELDS = {  # of ModelConfig: of config.json
     "vocab_size": "vocab_size",
@@ -89,53 +87,82 @@ def to_qwen3(ours, config):
     return theirs
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}") from None
+def read_config_json(path, precision):
+    """A Qwen3ForCausalLM's config.json -> (ModelConfig of that precision, the file as a dict).
+
+    UserError, naming the field, for what is no such config or is more than our GPT can express.
+    """
+    about = read_json(path)
+    for name, due in FIXED.items():
+        if about.get(name, due) != due:
+            raise UserError(f"{path}: {name} is {about[name]!r}, our GPT has only {due!r}")
+    theta = about.get("rope_theta")
+    for name in ("rope_parameters", "rope_scaling"):  # transformers 5's, and before
+        rope = {} if about.get(name) is None else about[name]
+        plain = isinstance(rope, dict) and not rope.keys() - {"rope_theta", "rope_type"}
+        if not plain or rope.get("rope_type", "default") != "default":
+            raise UserError(f"{path}: {name} is {rope!r}, our GPT has only rope_theta")
+        theta = rope.get("rope_theta", theta)
+    values = {"tie_word_embeddings": False, **about, "rope_theta": theta}
+    missing = [name for name in FIELDS.values() if values.get(name) is None]
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)}")
+    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+    for ours, name in FIELDS.items():
+        value, kind = values[name], types[ours]
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise UserError(f"{path}: {name} {value!r} is not a {kind.__name__}")
+        if kind is not bool and (problem := why_not(value)):
+            raise UserError(f"{path}: {name} {value} {problem}")
+    shape = {ours: values[name] for ours, name in FIELDS.items()}
+    return ModelConfig(precision=precision, **shape), about
+
+
+def read_weights(directory):
+    """The tensors of model.safetensors, or of the files in model.safetensors.index.json, by name.
+    UserError for a missing or broken file, or one that is not in the directory."""
+    files, weights = ["model.safetensors"], {}
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict):
+            raise UserError(f"{index}: weight_map is not an object")
+        files = dict.fromkeys(map(str, table.values()))
+    for file in files:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file):  # a name, and no path
+            raise UserError(f"{index}: weight_map names {file!r}, no safetensors file beside it")
+        try:
+            weights |= load_file(directory / file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {directory / file}: {error}") from None
+    return weights
 
 
 def load_hf(directory, precision="bf16", device="cpu"):
     """A Qwen3ForCausalLM's directory -> (GPT of that precision, config.json as a dict).
 
     Weights come from model.safetensors, or from the shards of model.safetensors.index.json; FP32,
-    BF16 or FP16 there, FP32 here. RunError where a file is missing or broken, and for what our GPT
-    cannot express.
+    BF16 or FP16 there, FP32 here. UserError where a file is missing or broken, and for what our
+    GPT cannot express.
     """
     directory = Path(directory)
-    about = read_json(directory / "config.json")
-    for name, due in FIXED.items():
-        if about.get(name, due) != due:
-            raise RunError(f"{directory}: {name} is {about[name]!r}, our GPT has only {due!r}")
-    key = "rope_parameters" if about.get("rope_parameters") else "rope_scaling"  # v5's, and before
-    rope = {"rope_theta": about.get("rope_theta"), "rope_type": "default", **(about.get(key) or {})}
-    theta = rope.pop("rope_theta")
-    if rope != {"rope_type": "default"}:
-        raise RunError(f"{directory}: {key} is {about[key]!r}, our GPT has only rope_theta")
-    values = {"tie_word_embeddings": False, **about, "rope_theta": theta}
-    missing = [name for name in FIELDS.values() if values.get(name) is None]
-    if missing:
-        raise RunError(f"{directory}/config.json has no {', '.join(missing)}")
-    shape = {ours: values[name] for ours, name in FIELDS.items()}
-    model = GPT(ModelConfig(precision=precision, **shape))
-
-    files, theirs = ["model.safetensors"], {}
-    if (directory / "model.safetensors.index.json").exists():
-        index = read_json(directory / "model.safetensors.index.json")
-        files = sorted(set(index["weight_map"].values()))
-    for file in files:
-        try:
-            theirs |= load_file(directory / file)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"cannot read {directory / file}: {error}") from None
-    if model.config.tied:
+    path = directory / "config.json"
+    config, about = read_config_json(path, precision)
+    try:
+        with torch.device("meta"):  # no memory yet for sizes that the weights may not have
+            due = {k: t.shape for k, t in to_qwen3(GPT(config).state_dict(), config).items()}
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (RuntimeError, TypeError):
+        raise UserError(f"{path}: sizes beyond those of any tensor") from None
+    theirs = read_weights(directory)
+    if config.tied:
         theirs.pop("lm_head.weight", None)  # some files have it twice
-    due = {name: t.shape for name, t in to_qwen3(model.state_dict(), model.config).items()}
-    odd = due.items() ^ {name: t.shape for name, t in theirs.items()}.items()
+    odd = due.items() ^ {k: t.shape for k, t in theirs.items()}.items()
     if odd:
-        raise RunError(f"{directory}: missing, unknown or of another shape: {min(odd)[0]}")
-    model.load_state_dict(from_qwen3(theirs, model.config))  # into FP32
+        raise UserError(f"{directory}: missing, unknown or of another shape: {min(odd)[0]}")
+    model = GPT(config)
+    model.load_state_dict(from_qwen3(theirs, config))  # into FP32
     return model.to(device).eval(), about
 
 
@@ -157,7 +184,10 @@ def to_hf(out_dir, directory):
     directory.mkdir(parents=True)
     tokenizer.save_pretrained(directory)
     weights = to_qwen3(model.state_dict(), model.config)
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    try:
+        save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    except SafetensorError as error:  # also what the system refuses
+        raise UserError(f"cannot save {directory}/model.safetensors: {error}") from None
     (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     (directory / "nanofp4.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -169,12 +199,16 @@ def from_hf(directory, out_dir):
     run = read_config(own) if own.exists() else {"precision": "bf16", "dataset": ""}
     shape = {name: getattr(model.config, name) for name in FIELDS}
     config = Config(**{**run, **shape, "out_dir": str(out_dir)})
+    try:
+        config.check()
+    except UserError as error:
+        raise UserError(f"{own}: {error}") from None
     state = {
         "format": CHECKPOINT_FORMAT,
         "step": 0,
         "config": dataclasses.asdict(config),
         "model": model.state_dict(),
-        "optimizer": make_optimizer(model, config).state_dict(),
+        "optimizer": None,
     }
     out_dir.mkdir(parents=True)
     save(out_dir / "checkpoint.pt", state)
@@ -183,25 +217,16 @@ def from_hf(directory, out_dir):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("direction", choices=["to-hf", "from-hf"])
     parser.add_argument("source", type=Path, help="to-hf: a run's folder; from-hf: a directory")
     parser.add_argument("target", type=Path, help="a folder that is not there yet")
     args = parser.parse_args(argv)
     if args.target.exists():
-        raise RunError(f"{args.target} is there already. HINT: name another folder")
+        raise UserError(f"{args.target} is there already. HINT: name another folder")
     {"to-hf": to_hf, "from-hf": from_hf}[args.direction](args.source, args.target)
     print(f"wrote {args.target}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, DataError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except ImportError as error:
-        sys.exit(f"error: {error}. HINT: pip install -r requirements-dev.txt")
+    script(main)

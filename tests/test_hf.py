@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import signal
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +12,19 @@ import tiktoken
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-import export
 import fp4
-import sample
+import hf
 import train
+from cli import UserError
 from data.shards import write_dataset
 from data.vocab import EOT, PATTERN, encode, get_encoding
 from model import GPT
+from run import CHECKPOINT_FORMAT, Config, encoding_of, load_model, read_checkpoint, save
 
 BYTES, PLAYS = get_encoding("bytes"), get_encoding("plays")
 TOKENS = torch.randint(4096, (3, 32), generator=torch.Generator().manual_seed(0))
@@ -45,7 +47,7 @@ def save_run(out, encoding=PLAYS, **changes):
     """A run of a tiny model with random weights, as train.py leaves it; returns its folder."""
     tokens = encode(encoding, ["It was the nightingale, and not the lark. " * 40])
     write_dataset(out / "data", encoding, {"train": tokens, "val": tokens})
-    config = train.Config(**{
+    config = Config(**{
         "precision": "fp4_mean", "vocab_size": -(-encoding.n_vocab // 64) * 64, "block_size": 32,
         "n_layer": 2, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "dim": 48, "ffn_dim": 80,
         "batch_size": 2, "eval_windows": 2, "max_steps": 2, "dataset": str(out / "data"),
@@ -54,8 +56,8 @@ def save_run(out, encoding=PLAYS, **changes):
     model = GPT(config, torch.Generator().manual_seed(1))
     for p in model.parameters():  # so that logits spread, and norms are not all ones
         p.data = p.data * 10 if p.ndim == 2 else p.data + torch.linspace(-0.5, 0.5, len(p))
-    state = {"format": train.CHECKPOINT_FORMAT, "step": 7, "config": dataclasses.asdict(config)}
-    train.save(out / "checkpoint.pt", {**state, "model": model.state_dict()})
+    state = {"format": CHECKPOINT_FORMAT, "step": 7, "config": dataclasses.asdict(config)}
+    save(out / "checkpoint.pt", {**state, "model": model.state_dict()})
     return out
 
 
@@ -63,7 +65,7 @@ def save_run(out, encoding=PLAYS, **changes):
 def exported(request, tmp_path_factory):
     """(run, its Hugging Face directory). Read only."""
     run = save_run(tmp_path_factory.mktemp("run"), tied=request.param)
-    export.main(["to-hf", str(run), str(run / "hf")])
+    hf.main(["to-hf", str(run), str(run / "hf")])
     return run, run / "hf"
 
 
@@ -92,26 +94,27 @@ def test_transformers_has_the_logits_of_a_run(exported):
     theirs, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert type(theirs) is Qwen3ForCausalLM and theirs.dtype == torch.float32
     assert not any(info.values()), info
-    assert_same_logits(sample.load_model(run, precision="fp32")[0], theirs, TOKENS)
+    assert_same_logits(load_model(run, precision="fp32")[0], theirs, TOKENS)
 
 
 def test_there_and_back_is_the_same_run(exported, tmp_path):
     run, directory = exported
-    export.main(["from-hf", str(directory), str(tmp_path / "run")])
-    old, new = (train.read_checkpoint(path / "checkpoint.pt") for path in (run, tmp_path / "run"))
+    hf.main(["from-hf", str(directory), str(tmp_path / "run")])
+    old, new = (read_checkpoint(path / "checkpoint.pt") for path in (run, tmp_path / "run"))
     assert new["config"] == {**old["config"], "out_dir": str(tmp_path / "run")}
-    assert new["step"] == 0 and new["model"].keys() == old["model"].keys()
+    assert (
+        new["step"] == 0 and new["optimizer"] is None and new["model"].keys() == old["model"].keys()
+    )
     assert all(torch.equal(new["model"][k], old["model"][k]) for k in old["model"])
 
 
 def test_a_run_from_there_trains_on(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(fp4, "fuse", lambda: "plain passes")
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # train.main leaves its handlers
     out = tmp_path / "run"
-    export.main(["from-hf", str(exported[1]), str(out)])
-    start = train.read_checkpoint(out / "checkpoint.pt")["model"]
+    hf.main(["from-hf", str(exported[1]), str(out)])
+    start = read_checkpoint(out / "checkpoint.pt")["model"]
     train.main(["--resume", "--out-dir", str(out), "--device", "cpu"])
-    end = train.read_checkpoint(out / "checkpoint.pt")
+    end = read_checkpoint(out / "checkpoint.pt")
     assert end["step"] == 2 and (out / "loss.png").exists()
     drift = (end["model"]["norm.weight"] - start["norm.weight"]).abs().max()
     assert 0 < drift < 0.01  # a few steps of AdamW from there, not from an initialization
@@ -124,7 +127,7 @@ def test_a_sharded_foreign_model_has_transformers_logits(tied, dtype, tmp_path):
     theirs = Qwen3ForCausalLM(Qwen3Config(**QWEN3, tie_word_embeddings=tied))
     theirs.to(dtype).save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    ours, about = export.load_hf(tmp_path, "fp32")
+    ours, about = hf.load_hf(tmp_path, "fp32")
     assert about["max_position_embeddings"] == ours.config.block_size == 32
     assert all(p.dtype == torch.float32 for p in ours.parameters())
     assert_same_logits(
@@ -133,12 +136,12 @@ def test_a_sharded_foreign_model_has_transformers_logits(tied, dtype, tmp_path):
 
 
 def test_configs_from_before_transformers_5(qwen3):
-    expected = export.load_hf(qwen3, "fp32")[0](TOKENS % 97)
+    expected = hf.load_hf(qwen3, "fp32")[0](TOKENS % 97)
     about = json.loads((qwen3 / "config.json").read_text())
     del about["rope_parameters"], about["tie_word_embeddings"]
     (qwen3 / "config.json").write_text(json.dumps(about))
     change(qwen3, rope_theta=1000000, rope_scaling=None)
-    assert torch.equal(export.load_hf(qwen3, "fp32")[0](TOKENS % 97), expected)
+    assert torch.equal(hf.load_hf(qwen3, "fp32")[0](TOKENS % 97), expected)
 
 
 def test_a_tied_head_may_be_in_the_file_too(qwen3):
@@ -146,7 +149,7 @@ def test_a_tied_head_may_be_in_the_file_too(qwen3):
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, qwen3 / "model.safetensors")
     change(qwen3, tie_word_embeddings=True)
-    model = export.load_hf(qwen3)[0]
+    model = hf.load_hf(qwen3)[0]
     assert model.head.weight is model.embedding.weight
 
 
@@ -167,8 +170,109 @@ def test_a_tied_head_may_be_in_the_file_too(qwen3):
 )
 def test_what_our_model_cannot_express_is_refused_by_name(qwen3, values):
     change(qwen3, **values)
-    with pytest.raises(train.RunError, match=list(values)[-1]):
-        export.load_hf(qwen3)
+    with pytest.raises(UserError, match=list(values)[-1]):
+        hf.load_hf(qwen3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", "four"),
+        ("num_hidden_layers", True),
+        ("num_hidden_layers", 0),
+        ("num_attention_heads", [6]),
+        ("num_key_value_heads", 6.0),
+        ("num_key_value_heads", {}),
+        ("head_dim", -16),
+        ("hidden_size", 48.5),
+        ("intermediate_size", "80"),
+        ("vocab_size", 0),
+        ("vocab_size", False),
+        ("max_position_embeddings", "32"),
+        ("tie_word_embeddings", "no"),
+        ("tie_word_embeddings", 1),
+        ("rms_norm_eps", "1e-3"),
+        ("rms_norm_eps", math.nan),
+        ("rope_parameters", [1e6]),
+        ("rope_parameters", "default"),
+        ("rope_parameters", 0),
+        ("rope_scaling", "linear"),
+        ("architectures", 1),
+        ("hidden_act", ["silu"]),
+        ("model_type", None),
+    ],
+    ids=repr,
+)
+def test_a_value_of_another_type_is_one_line_with_file_and_field(qwen3, name, value):
+    change(qwen3, **{name: value})
+    with pytest.raises(UserError, match=rf"\A.*config\.json.* {name} .*\Z"):
+        hf.load_hf(qwen3)
+
+
+@pytest.mark.parametrize("theta", ["1e6", True, -1.0, math.inf, [1], None], ids=repr)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_rope_theta_of_another_type_is_one_line(qwen3, before, theta):
+    rope = {"rope_parameters": None} if before else {"rope_parameters": {"rope_theta": theta}}
+    change(qwen3, rope_theta=theta, **rope)
+    with pytest.raises(UserError, match=r"\A.*config\.json.* rope_theta\b.*\Z"):
+        hf.load_hf(qwen3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_key_value_heads": 4}, "config.json: bad head split"),
+        ({"head_dim": 15}, "config.json: bad head split"),
+        ({"vocab_size": 10**12}, "another shape: lm_head"),
+        ({"vocab_size": 10**18}, "config.json: sizes beyond"),
+        ({"hidden_size": 10**30}, "config.json: sizes beyond"),
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_be_are_one_line_and_take_no_memory(qwen3, values, message):
+    change(qwen3, **values)
+    with pytest.raises(UserError, match=rf"\A.*{message}.*\Z"):
+        hf.load_hf(qwen3)
+
+
+@pytest.mark.parametrize("text", ["[]", '"config"', "4", "null"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "nanofp4.json"])
+def test_a_json_file_that_is_no_object_is_named(qwen3, tmp_path, file, text):
+    (qwen3 / file).write_text(text)
+    with pytest.raises(UserError, match=rf"\A.*{file} is not a JSON object\Z"):
+        hf.main(["from-hf", str(qwen3), str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_json(qwen3):
+    file = qwen3 / "config.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert hf.load_hf(qwen3)[0].config.n_layer == 2
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{}, {"weight_map": None}, {"weight_map": ["model.safetensors"]}]
+    + [{"weight_map": {"norm.weight": file}} for file in (4, None, ["x.safetensors"], "", "..")],
+    ids=str,
+)
+def test_an_index_without_file_names_is_one_line(qwen3, index):
+    (qwen3 / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"\A.*model\.safetensors\.index\.json: weight_map .*\Z"):
+        hf.load_hf(qwen3)
+
+
+@pytest.mark.parametrize(
+    "there", ["../x.safetensors", "{}/x.safetensors", "a.safetensors/../../x.safetensors"]
+)
+def test_an_index_reads_nothing_outside_its_folder(qwen3, there, monkeypatch):
+    (qwen3 / "a.safetensors").mkdir()
+    (qwen3 / "model.safetensors").rename(qwen3.parent / "x.safetensors")
+    table = {"weight_map": {"model.norm.weight": there.format(qwen3.parent)}}
+    (qwen3 / "model.safetensors.index.json").write_text(json.dumps(table))
+    monkeypatch.setattr(hf, "load_file", lambda path: pytest.fail(f"reads {path}"))
+    with pytest.raises(UserError, match=r"index\.json: weight_map names .*x\.safetensors"):
+        hf.load_hf(qwen3)
 
 
 def without(weights, name):
@@ -191,33 +295,61 @@ V, Q = (f"model.layers.1.self_attn.{x}_proj" for x in "vq")
 def test_weights_that_are_not_those_of_the_config_are_refused(qwen3, name, spoil):
     file = qwen3 / "model.safetensors"
     save_file(spoil(load_file(file)), file)
-    with pytest.raises(train.RunError, match=name):
-        export.load_hf(qwen3)
+    with pytest.raises(UserError, match=name):
+        hf.load_hf(qwen3)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_missing_and_broken_files_are_named(qwen3, file):
     whole = (qwen3 / file).read_bytes()
     (qwen3 / file).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(train.RunError, match=file):
-        export.load_hf(qwen3)
+    with pytest.raises(UserError, match=file):
+        hf.load_hf(qwen3)
     (qwen3 / file).unlink()
-    with pytest.raises(train.RunError, match=file):
-        export.load_hf(qwen3)
+    with pytest.raises(UserError, match=file):
+        hf.load_hf(qwen3)
 
 
 def test_a_foreign_model_becomes_a_run_without_text(qwen3, tmp_path):
-    export.main(["from-hf", str(qwen3), str(tmp_path / "run")])
-    model, config = sample.load_model(tmp_path / "run", precision="fp32")
-    assert torch.equal(model(TOKENS % 97), export.load_hf(qwen3, "fp32")[0](TOKENS % 97))
-    with pytest.raises(train.RunError, match="tokenizer"):
-        sample.encoding_of(config)
+    hf.main(["from-hf", str(qwen3), str(tmp_path / "run")])
+    model, config = load_model(tmp_path / "run", precision="fp32")
+    assert torch.equal(model(TOKENS % 97), hf.load_hf(qwen3, "fp32")[0](TOKENS % 97))
+    with pytest.raises(UserError, match="tokenizer"):
+        encoding_of(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"precision": "fp5"}, "precision 'fp5' is not one of"),
+        ({"precision": 4}, "precision 4 is not a str"),
+        ({"seed": True}, "seed True is not a int"),
+        ({"batch_size": 0}, "batch_size 0 is not a finite number above 0"),
+        ({"bf16_blocks": 3}, "bf16_blocks 3 is more than n_layer 2"),
+        ({"colour": "red"}, "unknown name 'colour'"),
+    ],
+    ids=str,
+)
+def test_a_config_of_ours_that_cannot_work_is_one_line(qwen3, tmp_path, values, message):
+    (qwen3 / "nanofp4.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=rf"\A.*nanofp4\.json: {message}.*\Z"):
+        hf.main(["from-hf", str(qwen3), str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_line(exported, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(hf, "save_file", full)
+    with pytest.raises(UserError, match=r"\Acannot save .*model\.safetensors: .*No space.*\Z"):
+        hf.main(["to-hf", str(exported[0]), str(tmp_path / "hf")])
 
 
 def test_an_error_is_one_line_and_nothing_is_overwritten(tmp_path):
     (tmp_path / "here").mkdir()
-    argv = [sys.executable, "export.py", "from-hf", str(tmp_path), str(tmp_path / "here")]
-    done = subprocess.run(argv, cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    argv = [sys.executable, "hf.py", "from-hf", str(tmp_path), str(tmp_path / "here")]
+    done = subprocess.run(argv, cwd=Path(hf.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "is there already" in done.stderr
@@ -228,7 +360,7 @@ def test_an_error_is_one_line_and_nothing_is_overwritten(tmp_path):
 def tokenizers(request, tmp_path_factory):
     """(tiktoken's encoding, transformers' tokenizer) of one name."""
     run = save_run(tmp_path_factory.mktemp("run"), request.param)
-    export.main(["to-hf", str(run), str(run / "hf")])
+    hf.main(["to-hf", str(run), str(run / "hf")])
     for part in ("model.safetensors", "nanofp4.json"):
         (run / "hf" / part).unlink()
     return request.param, AutoTokenizer.from_pretrained(run / "hf")
