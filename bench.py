@@ -5,9 +5,7 @@ python bench.py --preset 124m --precisions bf16 fp4 fp4_mean fp4_hadamard
 python bench.py --resources          what the compiler makes of each kernel; needs no GPU
 """
 
-import argparse
 import dataclasses
-import json
 import re
 import statistics
 import subprocess
@@ -17,8 +15,10 @@ import time
 import torch
 
 import fp4
+from cli import Parser, number, script
+from experiments.recipes import RECIPES
 from model import GPT
-from train import PRESETS, Config, make_optimizer
+from run import PRESETS, Config, World, read_config
 
 SIZES = (8192, 1024), (8192, 4096), (16384, 8192)  # tokens, features
 
@@ -89,7 +89,7 @@ def kernel_table(device):
     if device.type != "cuda":
         print("kernels: not measured, for want of a CUDA GPU")
         return
-    from kernels import backend, gemm_cublas, gemm_fused
+    from kernels import along, backend, center_quantize, gemm_cublas, gemm_fused, quantize_weight
     from kernels import round_residual as round_
     from kernels import statistics as stats
 
@@ -108,12 +108,8 @@ def kernel_table(device):
         cases = {
             "statistics, mean": (2, lambda x, *_: stats(x, True)),
             "statistics, no mean": (2, lambda x, *_: stats(x, False)),
-            "round, to nearest": (3.125, lambda *a: round_(*a, True, False, False, None)),
-            "round, stochastic": (3.125, lambda *a: round_(*a, True, False, False, seeds)),
-            "rotate and round, stochastic": (
-                5.125,
-                lambda *a: round_(*a, True, True, False, seeds),
-            ),
+            "round, to nearest": (3.125, lambda *a: round_(*a, True, True, None, False)),
+            "round, stochastic": (3.125, lambda *a: round_(*a, True, True, seeds, False)),
         }
         for name, (size, run) in cases.items():
             t = gpu_seconds(run, inputs)
@@ -133,17 +129,16 @@ def kernel_table(device):
         for _ in range(max(2, (1 << 28) // (rows * cols + cols * cols))):  # 256 MB in FP4
             x, d, w = random(rows, cols), random(rows, cols), random(cols, cols)
             runs["BF16, cuBLAS"][1].append((x, w.t()))
-            recipe = fp4.RECIPES["fp4_mean"]
-            x, d = (fp4._center_quantize(t, recipe, "mean")[2:] for t in (x, d))
-            w, _ = fp4._quantize_weight(w.float(), recipe)
+            (_, x, x_t), (_, d, d_t), w = *(center_quantize(t, True) for t in (x, d)), w.float()
+            w = quantize_weight(w)
             one, row = torch.ones(rows, device=device), torch.ones(cols, device=device)
-            for name, a, b, axes, left, dtype in (
-                ("fprop", x[0], w, (1, 1), one, torch.bfloat16),
-                ("dgrad", d[0], w, (1, 0), one, torch.bfloat16),
-                ("wgrad", d[1], x[1], (0, 0), row, torch.float32),
+            for name, a, b, left, dtype in (
+                ("fprop", x, w.t(), one, torch.bfloat16),
+                ("dgrad", d, w, one, torch.bfloat16),
+                ("wgrad", d_t.t(), x_t, row, torch.float32),
             ):
                 scales = a.tensor_scale, b.tensor_scale
-                args = *a.along(axes[0]), *b.along(axes[1]), *scales, left, row, dtype
+                args = *along(a, 1), *along(b, 0), *scales, left, row, dtype
                 for how in variants:
                     runs[f"{name}, {how}"][1].append(args)
         times = {name: gpu_seconds(*run) for name, run in runs.items()}
@@ -154,14 +149,13 @@ def kernel_table(device):
 
 def step(preset, precisions, rounds, device):
     """Median time of a training step by precision, the precisions taking turns."""
-    values = json.loads((PRESETS / f"{preset}.json").read_text())
-    config = Config(**values, vocab_size=4096)
+    config = Config(**read_config(PRESETS / f"{preset}.json"), vocab_size=4096)
     shape = (config.batch_size // config.grad_accum, config.block_size + 1)
     window = torch.randint(config.vocab_size, shape, device=device)
     runs, memory = {}, {}
     for precision in precisions:
         model = GPT(dataclasses.replace(config, precision=precision)).to(device)
-        optimizer = make_optimizer(model, config)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
         def run(model=model, optimizer=optimizer):
             model(window[:, :-1], window[:, 1:]).backward()
@@ -222,15 +216,14 @@ def compiled(arch):
     args = one, one, one.expand(4096), row
     odd = torch.zeros(33, 80, dtype=torch.bfloat16)
     cases = {
-        "centered": lambda: kernels.center_quantize(x, True, True, False, False, None),
-        "stochastic": lambda: kernels.center_quantize(x, True, True, False, False, seeds),
-        "rotated": lambda: kernels.center_quantize(x, True, True, True, False, seeds),
-        "FP32": lambda: kernels.center_quantize(x.float(), False, True, False, False, seeds),
+        "centered": lambda: kernels.center_quantize(x, True),
+        "stochastic": lambda: kernels.center_quantize(x, True, seeds=seeds),
+        "FP32": lambda: kernels.center_quantize(x.float(), False, seeds=seeds),
         "weight": lambda: kernels.quantize_weight(torch.zeros(1024, 1024)),
         "fprop": lambda: kernels.gemm_fused(a, a_s, w, w_s, *args, x.dtype),
         "dgrad": lambda: kernels.gemm_fused(a, a_s, w_t, w_s.t(), *args, x.dtype),
         "wgrad": lambda: kernels.gemm_fused(a_t, a_ts, a_t, a_ts, one, one, row, row, row.dtype),
-        "odd": lambda: kernels.center_quantize(odd, True, True, True, True, seeds),
+        "odd": lambda: kernels.center_quantize(odd, True, seeds=seeds, headroom=True),
         "odd_gemm": lambda: kernels.gemm_fused(
             byte(33, 40), byte(33, 5), byte(48, 40), byte(3, 5), one, one, None, None, x.dtype
         ),
@@ -279,32 +272,29 @@ def resources(targets=(80, 90, 100, 120)):
             )
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def main(argv=None):
+    parser = Parser(__doc__)
+    presets = sorted(p.stem for p in PRESETS.glob("*.json"))
+    parser.add_argument("--preset", default="nano", choices=presets)
+    parser.add_argument(
+        "--precisions", nargs="+", choices=list(RECIPES), default=["bf16", "fp4", "fp4_mean"]
     )
     parser.add_argument(
-        "--preset", default="nano", choices=sorted(p.stem for p in PRESETS.glob("*"))
+        "--rounds", type=number(int), default=15, help="steps of each precision (15)"
     )
-    parser.add_argument("--precisions", nargs="*", default=["bf16", "fp4", "fp4_mean"])
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each precision (15)")
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="for the steps"
+        "--threads", type=number(int), default=torch.get_num_threads(), help="for the steps"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     parser.add_argument("--resources", action="store_true", help="compile the kernels, and no more")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.resources:
         resources()
         return
-    device = torch.device(args.device)
+    device = World(args.device).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
+    if device.type == "cpu":
         torch.set_num_threads(1)
         quantizer(device)
         torch.set_num_threads(args.threads)
@@ -313,4 +303,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -1,7 +1,7 @@
 """Triton kernels for fp4.py: column statistics, center and quantize, GEMM. The same bits anywhere.
 
-fp4.py is the definition, and the plain twin of all that is here. Kernels save memory traffic. For
-an l x m matrix in BF16, bytes an element:
+fp4.py is the definition, and the plain twin of all that is here. Kernels save memory traffic. For a
+T x m matrix in BF16, bytes an element:
 
     statistics          2 read: sums, minima and maxima of the columns, in two stages
     center + quantize   2 read, 0.5625 written for each of two directions of the blocks
@@ -27,6 +27,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from nvfp4 import NVFP4
 
 INTERPRET = triton.knobs.runtime.interpret
 if INTERPRET:
@@ -65,7 +67,7 @@ def _float(i):
 
 
 @triton.jit
-def _hash(i):  # uint32 -> uint32: fp4._hash
+def _hash(i):  # uint32 -> uint32: nvfp4._hash
     i = (i ^ (i >> 16)) * 0x7FEB352D
     i = (i ^ (i >> 15)) * 0x846CA68B
     return i ^ (i >> 16)
@@ -96,8 +98,9 @@ def _block_scales(block_amax, table, HEADROOM: tl.constexpr):
 
 @triton.jit
 def _encode(y, index, seed, STOCHASTIC: tl.constexpr):
-    """Scaled values -> 4-bit codes, int32, on fp4._encode's three lines 2a, a + 2, a/2 + 4. Adding
-    2^23 rounds each to an integer, ties to even, and leaves it in the low bits."""
+    """Scaled values -> 4-bit codes, int32, on nvfp4._encode's three lines 2a, a + 2, a/2 + 4.
+    Adding 2^23 rounds each to an integer, ties to even, and leaves it in the low bits. NaN: 7."""
+    y = tl.where(y == y, y, 6.0)  # its sign, and what min makes of it, differ between machines
     a = tl.minimum(tl.abs(y), 6.0)
     if STOCHASTIC:
         exact = tl.minimum(tl.minimum(2 * a, a + 2), 0.5 * a + 4)
@@ -119,18 +122,6 @@ def _pack_rows(c, M: tl.constexpr, K: tl.constexpr):  # (M, K) -> (M, K/2)
 @triton.jit
 def _row_pairs(x, K: tl.constexpr):  # (16, K) -> its even rows and its odd ones, (8, K)
     return tl.split(tl.permute(tl.reshape(x, (8, 2, K)), (0, 2, 1)))
-
-
-@triton.jit
-def _rotate(x, K: tl.constexpr):
-    """fp4.rotate_tokens of 16 tokens, x (16, K): each of four rounds adds and subtracts
-    neighbouring rows, and sends the sums to the upper half and the differences to the lower."""
-    i = tl.arange(0, 16)[:, None]
-    x = tl.where((0xD3B4 >> i) & 1 == 1, -x, x)  # the bits of fp4.SIGNS
-    for _ in tl.static_range(4):
-        a, b = _row_pairs(x, K)
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (2, 0, 1)), (16, K))
-    return x * 0.25
 
 
 # ------------------------------------------------------------------------------------------------
@@ -187,8 +178,8 @@ def _column_stats(
 @triton.jit
 def _scale_table(amax, table, n, N: tl.constexpr):
     """From n partial amaxes a tensor's table, FP32 (130,): [0] tensor scale, [1] factor from a
-    block's amax to its scale, [2 + byte] factor into [-6, 6] for each scale byte. With it no block
-    needs a division."""
+    block's amax to its scale, [2 + byte] factor into [-6, 6] for each scale byte, NaN for NaN's.
+    With it no block needs a division."""
     i = tl.arange(0, N)
     largest = tl.max(tl.load(amax + i, mask=i < n, other=0.0), axis=0)
     encode = tl.minimum(tl.div_rn(2688.0, largest), FP32_MAX)
@@ -197,7 +188,8 @@ def _scale_table(amax, table, n, N: tl.constexpr):
     tl.store(table + 1, encode * (1 / 6))
     byte = tl.arange(0, 128)
     inverse = tl.div_rn(1.0, _decode_scale(byte) * tl.div_rn(1.0, encode))
-    tl.store(table + 2 + byte, tl.minimum(inverse, FP32_MAX))
+    inverse = tl.where(byte == 0x7F, float("nan"), tl.minimum(inverse, FP32_MAX))
+    tl.store(table + 2 + byte, inverse)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -217,9 +209,9 @@ def _residual(x, mean, i, j, rows, cols, CENTER: tl.constexpr):
 
 @triton.jit
 def _center_quantize(
-    x, mean, table, table_t, seeds, codes, scales, codes_t, scales_t, rows, cols, cols2, cols16,
-    CENTER: tl.constexpr, TOKENS: tl.constexpr, HADAMARD: tl.constexpr, STOCHASTIC: tl.constexpr,
-    HEADROOM: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
+    x, mean, table, seeds, codes, scales, codes_t, scales_t, rows, cols, cols2, cols16,
+    CENTER: tl.constexpr, ROWWISE: tl.constexpr, COLUMNWISE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HEADROOM: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
     i0, j0 = pid // tiles * 16, pid % tiles * K
@@ -233,7 +225,7 @@ def _center_quantize(
         seed = tl.load(seeds).to(tl.uint32, bitcast=True)
         seed_t = tl.load(seeds + 1).to(tl.uint32, bitcast=True)
 
-    for t in tl.range(0, 16, STEP):
+    for t in tl.range(0, 16 if ROWWISE else 0, STEP):
         i = i0 + t + tl.arange(0, STEP)
         y = tl.reshape(_residual(x, mean, i, j, rows, cols, CENTER), (STEP, K // 16, 16))
         block_amax = _float(tl.max(_bits(y) & 0x7FFFFFFF, axis=2))  # as integers NaN is the largest
@@ -245,29 +237,17 @@ def _center_quantize(
         byte = byte.to(tl.uint8)
         tl.store(scales + row * cols16 + j16, byte, mask=(row < rows) & (j16 < cols16)[None, :])
 
-    if TOKENS:
+    if COLUMNWISE:
         i = i0 + tl.arange(0, 16)
         r = _residual(x, mean, i, j, rows, cols, CENTER)
-        if HADAMARD:
-            r = _rotate(r, K)
         block_amax = _float(tl.max(_bits(r) & 0x7FFFFFFF, axis=0))
-        byte, inverse = _block_scales(block_amax, table_t, HEADROOM)
+        byte, inverse = _block_scales(block_amax, table, HEADROOM)
         index = (i[:, None] * cols + j[None, :]).to(tl.uint32)
         low, high = _row_pairs(_encode(r * inverse[None, :], index, seed_t, STOCHASTIC), K)
         row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
         packed = (low | (high << 4)).to(tl.uint8)
         tl.store(codes_t + row * cols + j, packed, mask=(j < cols)[None, :])
         tl.store(scales_t + i0 // 16 * cols + j, byte.to(tl.uint8), mask=j < cols)
-
-
-@triton.jit
-def _rotated_amax(x, mean, amax, rows, cols, CENTER: tl.constexpr, K: tl.constexpr):
-    """The largest magnitude in 16 rotated tokens x K columns: one more read of X."""
-    tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
-    i, j = pid // tiles * 16 + tl.arange(0, 16), pid % tiles * K + tl.arange(0, K)
-    r = tl.abs(_rotate(_residual(x, mean, i, j, rows, cols, CENTER), K))
-    r = tl.where(r == r, r, 0.0)
-    tl.store(amax + pid, tl.max(r))
 
 
 @triton.jit
@@ -291,7 +271,7 @@ def _quantize_weight(w, table, codes, codes_t, scales, n, m, m2, m16, K: tl.cons
 
 
 # ------------------------------------------------------------------------------------------------
-# GEMM: out (M, N) = a b' times both tensor scales, plus left (M) times right (N): the mean's
+# GEMM: out (M, N) = a bᵀ times both tensor scales, plus left (M) times right (N): the mean's
 # broadcast row in fprop and dgrad, its rank-one update in wgrad. 2 M N K FLOPs.
 
 
@@ -380,7 +360,8 @@ def _decode_matrix(
 
 
 # ------------------------------------------------------------------------------------------------
-# The operators, registered so that torch.compile need not look inside.
+# The operators, registered so that torch.compile need not look inside, and on them fp4.py's three
+# functions.
 
 
 def _check(x, block):
@@ -396,79 +377,70 @@ def statistics(x, center):
     partial = x.new_empty((parts, 3, cols), dtype=torch.float32)
     mean = x.new_empty(cols if center else 0, dtype=torch.float32)
     amax = x.new_empty(_cdiv(cols, strip), dtype=torch.float32)
+    table = x.new_empty(130, dtype=torch.float32)
     part_rows, halvings = _cdiv(rows, parts), parts.bit_length() - 1
     _column_parts[_cdiv(cols, block), parts](x, partial, rows, cols, part_rows, block, num_warps=4)
     _column_stats[(len(amax),)](
         partial, mean, amax, rows, cols, center, parts, halvings, strip, num_warps=8
     )
-    return mean, _table_of(amax)
-
-
-def _table_of(amax):
-    table = amax.new_empty(130)
     _scale_table[(1,)](amax, table, len(amax), triton.next_power_of_2(len(amax)), num_warps=4)
-    return table
+    return mean, table
 
 
-def round_residual(x, mean, table, tokens, hadamard, headroom, seeds):
-    """What `center_quantize` returns, given the statistics of x."""
+def round_residual(x, mean, table, rowwise, columnwise, seeds, headroom):
+    """What `center_quantize_op` returns, given the statistics of x."""
     (rows, cols), center = x.shape, len(mean) > 0
-    _, codes, scales, _, codes_t, scales_t, _ = _like_center_quantize(
-        x, center, tokens, hadamard, headroom, seeds
-    )
+    out = _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom)[1:-1]
     K, step, warps = QUANTIZE
-    grid = (_cdiv(rows, 16) * _cdiv(cols, K),)
-    table_t = table
-    if tokens and hadamard:
-        amax = x.new_empty(grid, dtype=torch.float32)
-        _rotated_amax[grid](x, mean, amax, rows, cols, center, K, num_warps=warps)
-        table_t = _table_of(amax.view(-1, _cdiv(cols, K)).amax(0))
-    _center_quantize[grid](
-        x, mean, table, table_t, seeds, codes, scales, codes_t, scales_t, rows, cols, cols // 2,
-        cols // 16, center, tokens, hadamard, seeds is not None, headroom, K, step, num_warps=warps,
+    _center_quantize[(_cdiv(rows, 16) * _cdiv(cols, K),)](
+        x, mean, table, seeds, *out, rows, cols, cols // 2, cols // 16, center, rowwise, columnwise,
+        seeds is not None, headroom, K, step, num_warps=warps,
     )  # fmt: skip
-    return mean, codes, scales, table[0].clone(), codes_t, scales_t, table_t[0].clone()
+    return mean, *out, table[0].clone()
 
 
 @torch.library.custom_op("nanofp4::center_quantize", mutates_args=())
-def center_quantize(
-    x: Tensor, center: bool, tokens: bool, hadamard: bool, headroom: bool, seeds: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Round x (l, m), BF16 or FP32, less its mean if center is set, to NVFP4.
-
-    tokens    also in blocks along tokens, hadamard: those rotated first
-    headroom  as in fp4.quantize
-    seeds     int32 (2,), for stochastic rounding along either axis; None: to nearest
-    Returns the mean (m,) or (0,), FP32; codes (l, m/2), scales (l, m/16), tensor scale (); and the
-    same along tokens, codes (l/2, m), scales (l/16, m), tensor scale (), with l padded to 16.
-    The tensor's amax is over all that is no NaN; fp4.quantize skips the rest of a NaN's block too.
-    ValueError for a shape that does not fit."""
+def center_quantize_op(
+    x: Tensor, center: bool, rowwise: bool, columnwise: bool, seeds: Tensor | None, headroom: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`center_quantize` in tensors: mean (m,); codes (T, m/2) and scales (T, m/16); columnwise,
+    with T padded to 16, codes (T/2, m) and scales (T/16, m); tensor scale (). What is not wanted
+    has no elements."""
     _check(x, (1, 16))
     x = x.contiguous()
     with torch.cuda.device_of(x):  # where Triton launches
         mean, table = statistics(x, center)
-        return round_residual(x, mean, table, tokens, hadamard, headroom, seeds)
+        return round_residual(x, mean, table, rowwise, columnwise, seeds, headroom)
 
 
-@center_quantize.register_fake
-def _like_center_quantize(x, center, tokens, hadamard, headroom, seeds):
+@center_quantize_op.register_fake
+def _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom):
     (rows, cols), byte, fp32 = x.shape, torch.uint8, torch.float32
-    blocks = _cdiv(rows, 16) if tokens else 0
+    row, column = rows if rowwise else 0, _cdiv(rows, 16) if columnwise else 0
     return (
         x.new_empty(cols if center else 0, dtype=fp32),
-        x.new_empty((rows, cols // 2), dtype=byte),
-        x.new_empty((rows, cols // 16), dtype=byte),
-        x.new_empty((), dtype=fp32),
-        x.new_empty((blocks * 8, cols), dtype=byte),
-        x.new_empty((blocks, cols), dtype=byte),
+        x.new_empty((row, cols // 2), dtype=byte),
+        x.new_empty((row, cols // 16), dtype=byte),
+        x.new_empty((column * 8, cols), dtype=byte),
+        x.new_empty((column, cols), dtype=byte),
         x.new_empty((), dtype=fp32),
     )
 
 
+def center_quantize(x, center, rowwise=True, columnwise=True, seeds=None, headroom=False):
+    """`fp4.center_quantize`. ValueError for a shape that does not fit."""
+    mean, codes, scales, codes_t, scales_t, scale = center_quantize_op(
+        x, center, rowwise, columnwise, seeds, headroom and seeds is not None
+    )
+    row = NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, (1, 16), len(x))
+    column = NVFP4(codes_t, scales_t.view(torch.float8_e4m3fn), scale, (16, 1), len(x))
+    return mean[None] if center else None, row if rowwise else None, column if columnwise else None
+
+
 @torch.library.custom_op("nanofp4::quantize_weight", mutates_args=())
-def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Round w (n, m), multiples of 16, to NVFP4 in 16 x 16 blocks: codes (n, m/2), the same codes
-    packed along rows (n/2, m), scales (n/16, m/16), tensor scale (). ValueError for others."""
+def quantize_weight_op(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_weight` in tensors: codes (n, m/2), the same codes packed along rows (n/2, m),
+    scales (n/16, m/16), tensor scale ()."""
     _check(w, (16, 16))
     codes, codes_t, scales, _ = _like_quantize_weight(w)
     w, (n, m), (K, _, warps) = w.contiguous(), w.shape, QUANTIZE
@@ -480,7 +452,7 @@ def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return codes, codes_t, scales, table[0].clone()
 
 
-@quantize_weight.register_fake
+@quantize_weight_op.register_fake
 def _like_quantize_weight(w):
     n, m = w.shape
     return (
@@ -491,12 +463,19 @@ def _like_quantize_weight(w):
     )
 
 
+def quantize_weight(w):
+    """`fp4.quantize_weight`, with its codes packed along either axis. ValueError for a shape that
+    is no multiple of 16."""
+    codes, codes_t, scales, scale = quantize_weight_op(w)
+    return NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, (16, 16), len(w), codes_t)
+
+
 def _major_version():
     return 0 if INTERPRET else triton.runtime.driver.active.get_current_target().arch // 10
 
 
 def gemm_fused(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
-    """`gemm` in one kernel."""
+    """`gemm_op` in one kernel."""
     (M, K2), N, version = a.shape, len(b), _major_version()
     tile = GEMM.get(version, GEMM[8])
     BM, BN, BK, warps, stages = tile if 2 * K2 % tile[2] == 0 else GEMM[8]  # masked loads: smaller
@@ -529,7 +508,7 @@ def decode(codes, scales):
 
 
 def gemm_cublas(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
-    """`gemm` by cuBLAS, on operands decoded to BF16."""
+    """`gemm_op` by cuBLAS, on operands decoded to BF16."""
     y = torch.mm(decode(a, a_scales), decode(b, b_scales).t(), out_dtype=torch.float32)
     scale, out = scale_a * scale_b, y if dtype == y.dtype else torch.empty_like(y, dtype=dtype)
     if right is None:
@@ -547,11 +526,11 @@ def backend():
 
 
 @torch.library.custom_op("nanofp4::gemm", mutates_args=())
-def gemm(
+def gemm_op(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, scale_a: Tensor, scale_b: Tensor,
     left: Tensor | None, right: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """a b' + left' right, (M, N), in dtype (BF16 or FP32), accumulated in FP32.
+    """a bᵀ plus left times right, (M, N), in dtype (BF16 or FP32), accumulated in FP32.
 
     a, b           codes (M, K/2), (N, K/2); scales (., K/16), or with 16 x 16 blocks (./16, K/16)
     scale_a, _b    tensor scales (), FP32
@@ -563,6 +542,22 @@ def gemm(
         return variant(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype)
 
 
-@gemm.register_fake
+@gemm_op.register_fake
 def _(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)  # len() would fix the size
+
+
+def along(q, axis):
+    """Codes and scale bytes of an NVFP4, this axis last, along which its codes must be packed."""
+    scales = q.scales.view(torch.uint8)
+    if bool(axis) != q.transposed:
+        return q.codes, scales
+    return (q.codes if q.codes_t is None else q.codes_t).t(), scales.t()
+
+
+def gemm(a, b, dtype, left=None, right=None):
+    """`fp4.gemm`: (M, K) by (K, N), both packed along K."""
+    part = (None, None) if right is None else (left[:, 0], right[0])
+    high = dtype if dtype == torch.bfloat16 else torch.float32
+    scales = a.tensor_scale, b.tensor_scale
+    return gemm_op(*along(a, 1), *along(b, 0), *scales, *part, high).to(dtype)
