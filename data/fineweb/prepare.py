@@ -5,7 +5,6 @@ about a thousand training shards. An interrupted download resumes where it stopp
 command is given again.
 """
 
-import argparse
 import http.client
 import shutil
 import sys
@@ -14,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cli import Parser, number, script
 from data.shards import HEADER_BYTES, DataError, token_count, write_meta
 
 HUB = "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main"
@@ -41,6 +41,7 @@ def fetch(url, path, tries=6, wait=1.0):
     The waits in seconds are wait, 2 wait, 4 wait and so on. What has come so far is in *.part.
     """
     part = path.with_suffix(".part")
+    part.touch()  # where that fails, another try would too
     for i in range(tries):
         have = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -61,8 +62,8 @@ def fetch(url, path, tries=6, wait=1.0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shards", type=int, default=1, help="training shards")
+    parser = Parser(__doc__)
+    parser.add_argument("--shards", type=number(int), default=1, help="training shards")
     parser.add_argument("--base-url", default=HUB)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     args = parser.parse_args()
@@ -77,7 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(error)
+    script(main)

@@ -6,7 +6,6 @@ document. It differs a little between Python versions. "plays" is the default to
 other English, it still gives 2.2 bytes per token where "bytes" gives 1.
 """
 
-import argparse
 import ast
 import sys
 import sysconfig
@@ -15,6 +14,7 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cli import Parser, script
 from data.shards import DataError, write_dataset
 from data.vocab import EOT, encode, get_encoding
 
@@ -51,7 +51,7 @@ def documents(stdlib):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--tokenizer", choices=("plays", "bytes"), default="plays")
     parser.add_argument("--out", default=Path(__file__).resolve().parent)
     args = parser.parse_args()
@@ -66,7 +66,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(error)
+    script(main)

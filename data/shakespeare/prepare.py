@@ -7,7 +7,6 @@ install. It becomes plain text like this, with <|endoftext|> after each play:
     To be, or not to be: that is the question:
 """
 
-import argparse
 import hashlib
 import html
 import re
@@ -18,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cli import Parser, script
 from data.shards import DataError, write_dataset
 from data.vocab import EOT, encode, get_encoding
 
@@ -66,7 +66,7 @@ def plays():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--tokenizer", choices=("plays", "bytes"), default="plays")
     parser.add_argument("--out", default=Path(__file__).resolve().parent)
     args = parser.parse_args()
@@ -78,7 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(error)
+    script(main)

@@ -6,7 +6,6 @@ frequent pair of neighbours one token. The committed file is the result; dataset
 with the ranks that wrote them.
 """
 
-import argparse
 import base64
 import sys
 from collections import Counter, defaultdict
@@ -16,8 +15,8 @@ from pathlib import Path
 import regex
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cli import Parser, script
 from data.shakespeare.prepare import plays
-from data.shards import DataError
 from data.vocab import PATTERN, PLAYS
 
 
@@ -57,7 +56,7 @@ def train(text, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--out", default=PLAYS)
     args = parser.parse_args()
     ranks = train("".join(plays()["train"]), 4095)  # <|endoftext|> makes it 4096
@@ -66,7 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(error)
+    script(main)

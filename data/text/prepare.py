@@ -5,7 +5,6 @@ Files ending in .gz and .xz are decompressed. A file is a document, or several w
 if one ends near that place.
 """
 
-import argparse
 import gzip
 import lzma
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cli import Parser, script
 from data.shards import DataError, write_dataset
 from data.vocab import EOT, TOKENIZERS, encode, get_encoding
 
@@ -27,7 +27,7 @@ def pieces(paths):
     for path in paths:
         piece = ""
         try:
-            with OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            with OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
                 while lines := file.readlines(1 << 20):
                     piece = "".join(lines)
                     yield piece
@@ -48,7 +48,7 @@ def split(tokens, eot, fraction):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--tokenizer", choices=TOKENIZERS, default="plays")
     parser.add_argument("--val-fraction", type=float, default=0.05)
@@ -62,7 +62,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        sys.exit(error)
+    script(main)
