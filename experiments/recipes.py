@@ -182,8 +182,7 @@ class _LinearVariant(torch.autograd.Function):
                 outer = nu.t() * (len(d) if split == "mean" else (left * left_x).sum())
             elif mu is not None:
                 outer = d.float().t() @ left_x
-            high = torch.promote_types(ctx.dtype, torch.float32)
-            dw = f.gemm(s_t.t(), r_t, high if variant.cross_terms else ctx.dtype, outer, mu)
+            dw = f.gemm(s_t.t(), r_t, mu.dtype if variant.cross_terms else ctx.dtype, outer, mu)
             if variant.cross_terms:  # nuᵀ (left_dᵀ R~) + (S~ᵀ left_x) mu
                 dw.addmm_(nu.t(), left.t() @ r_t.dequantize())
                 dw = dw.addmm_(s_t.t().dequantize() @ left_x, mu).to(ctx.dtype)
@@ -212,7 +211,7 @@ class AddedMean:
     def mean(self, x):
         """What is added to every token of x (T, m): (m,), FP32, a constant to the gradient."""
         size = x.detach().float().square().mean().sqrt()
-        return self.rms * size * _direction(x.shape[1], x.device)
+        return self.rms * size * _direction(x.shape[1], x.device).to(size.dtype)
 
     def __call__(self, x, w):
         mean = self.mean(x)

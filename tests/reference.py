@@ -13,7 +13,7 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 @dataclasses.dataclass
 class Quantized:
-    codes: np.ndarray  # uint8 (R, C), one a byte; no meaning in a NaN block
+    codes: np.ndarray  # uint8 (R, C), one a byte; 7 throughout a NaN block
     scales: np.ndarray  # FP32 (R/bh, C/bw), E4M3 values
     tensor_scale: np.float32
     dequantized: np.ndarray  # FP32 (R, C)
@@ -35,7 +35,7 @@ def quantize(x, block, headroom=False):
     x = np.pad(x, ((0, -rows % bh), (0, 0)))
     blocks = x.reshape(len(x) // bh, bh, cols // bw, bw)
     block_amax = np.abs(blocks).max((1, 3), keepdims=True)  # NaN where the block holds one
-    amax = np.nan_to_num(block_amax, nan=0, posinf=np.inf).max()
+    amax = np.nan_to_num(np.abs(x), nan=0, posinf=np.inf).max()
     encode = encode_scale(amax)
 
     target = block_amax * (encode * np.float32(1 / 6))
@@ -44,7 +44,8 @@ def quantize(x, block, headroom=False):
     scale = np.minimum(target, np.float32(448)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
     inverse = np.minimum(1 / (scale * (1 / encode)), FLT_MAX)
     scaled = blocks * inverse
-    q = np.clip(scaled, -6, 6).astype(ml_dtypes.float4_e2m1fn)
+    clipped = np.where(np.isnan(scaled), np.float32(6), np.clip(scaled, -6, 6))  # E2M1 has no NaN
+    q = clipped.astype(ml_dtypes.float4_e2m1fn)
 
     tensor_scale = amax / np.float32(2688)
     value = q.astype(np.float32) * scale

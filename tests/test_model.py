@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fp4
-from export import from_qwen3
+from hf import from_qwen3
 from model import GPT, ModelConfig
-from train import PRESETS
+from run import PRESETS
 
 TINY = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "head_dim": 16, "dim": 48, "ffn_dim": 80}
 
@@ -82,6 +82,24 @@ def test_the_cache_keeps_the_last_block_size_tokens():
     assert [k.shape for k, v in cache] == [v.shape for k, v in cache] == [(1, 2, 32, 16)] * 2
 
 
+@pytest.mark.parametrize("chunks", [(10, 10), (1, 7, 12), (20, 30, 1, 9), (32, 32, 3)])
+def test_several_tokens_into_a_cache_are_those_one_by_one(chunks):
+    """Also past the context of 32 tokens, where each token sees the 32 that end with it."""
+    model, total = tiny(), sum(chunks)
+    tokens = torch.randint(97, (2, total))
+
+    def logits(sizes):
+        cache, start, parts = [[], []], 0, []
+        for size in sizes:
+            parts.append(model(tokens[:, start : start + size], cache=cache, start=start))
+            start += size
+        return torch.cat(parts, 1)
+
+    torch.testing.assert_close(logits(chunks), logits([1] * total), atol=2e-5, rtol=0)
+    if total <= 32:
+        torch.testing.assert_close(logits(chunks), model(tokens), atol=2e-5, rtol=0)
+
+
 def test_top_k_of_one_is_the_likeliest():
     model, tokens = tiny(), torch.randint(97, (1, 4))
     greedy = model.generate(tokens, 8, temperature=0)
@@ -99,11 +117,11 @@ def test_attention_is_causal():
 
 def test_every_block_linear_follows_the_precision_except_the_last_n_blocks():
     model = tiny(precision="fp4_mean", bf16_blocks=1, n_layer=3)
-    formats = [
-        {m.recipe.format for m in block.modules() if isinstance(m, fp4.FP4Linear)}
+    recipes = [
+        {m.recipe for m in block.modules() if isinstance(m, fp4.FP4Linear)}
         for block in model.blocks
     ]
-    assert formats == [{"nvfp4"}, {"nvfp4"}, {"bf16"}]
+    assert recipes == [{fp4.linear_fp4_mean}] * 2 + [{fp4.linear_bf16}]
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert [m for m in linears if not isinstance(m, fp4.FP4Linear)] == [model.head]
 
@@ -153,3 +171,22 @@ def test_flops_are_six_a_matrix_parameter_and_attention():
     model = tiny(tied=False)
     blocks = 2 * (48 * (4 + 2 + 2) * 16 + 64 * 48 + 3 * 48 * 80)
     assert model.flops_per_token() == 6 * (blocks + 97 * 48) + 12 * 2 * 4 * 16 * 32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+def test_numbers_must_be_finite_and_large_enough(value):
+    with pytest.raises(ValueError, match=rf"norm_eps {value} is not a finite number above 0"):
+        tiny(norm_eps=value)
+    if value != 0:
+        with pytest.raises(ValueError, match=rf"added_mean {value} is not a finite number of 0"):
+            tiny(added_mean=value)
+
+
+def test_a_model_built_on_meta_is_the_model():
+    """to_empty leaves memory as it is: all that counts must be in the state dict."""
+    here = tiny(precision="fp4", added_mean=4.0)
+    with torch.device("meta"):
+        there = GPT(here.config)
+    there.to_empty(device="cpu").load_state_dict(here.state_dict())
+    tokens = torch.randint(97, (2, 32))
+    assert torch.equal(there(tokens), here(tokens))
