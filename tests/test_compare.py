@@ -2,70 +2,87 @@
 
 import json
 import math
-import shutil
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-import compare
 import fp4
 import train
+from cli import UserError
 from data.shards import write_dataset
 from data.vocab import encode, get_encoding
+from experiments import compare
+from experiments.recipes import RECIPES
+from experiments.report import metrics, summary
 
 TINY = {
     "n_layer": 1, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "dim": 32, "ffn_dim": 48,
     "block_size": 32, "batch_size": 4, "warmup_steps": 2, "eval_windows": 4,
 }  # fmt: skip
+SUBPROCESS = compare.train
+RESULTS = compare.ROOT / "experiments" / "results"
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """An experiment of 2 precisions at 2 dials; the command line that runs it for 4 steps."""
+    """An experiment of 2 precisions with 2 added means; the command line that runs it for 4 steps.
+    Training is in this process."""
     words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 3000)
     tokens = encode(get_encoding("bytes"), [" ".join(words)])
     parts = {"train": tokens[:8000], "val": tokens[8000:]}
-    write_dataset(tmp_path / "data", get_encoding("bytes"), parts)
+    write_dataset(tmp_path / "out" / "plays-bytes", get_encoding("bytes"), parts)
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    monkeypatch.setattr(compare, "DATA", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
     grid = compare.grid(["fp4", "fp4_mean"], [0.0, 8.0])
     toy = {"seeds": 2, "steps": 4, "base": "fp4", "keep": True, "settings": grid}
     monkeypatch.setitem(compare.EXPERIMENTS, "toy", toy)
     monkeypatch.setattr(fp4, "fuse", lambda: "plain")
-    return ["toy", "--preset", str(tmp_path / "tiny.json")]
+    monkeypatch.setattr(train, "attempt", lambda *_: None)  # no curve, no sample
+    monkeypatch.setattr(compare, "train", train.main)
+    return ["toy", "--preset", "tiny.json"]
 
 
-def test_runs_once_and_draws_from_results(toy, tmp_path, monkeypatch, capsys):
-    compare.main(toy)
-    printed = capsys.readouterr().out
-    stored = json.loads((tmp_path / "results" / "toy.json").read_text())
-    runs = {(r["precision"], r["mean_bias"], r["seed"]): r for r in stored["runs"]}
+@pytest.fixture
+def small(toy, monkeypatch):
+    """The same with a single run, in bf16."""
+    monkeypatch.setitem(compare.EXPERIMENTS["toy"], "settings", [])
+    return [*toy, "--seeds", "1"]
+
+
+def test_runs_once_and_prints_the_table_of_its_json(toy, tmp_path, monkeypatch, capsys):
+    committed = {path: path.read_bytes() for path in RESULTS.iterdir()}
+    toy += ["--steps", "2"]
+    compare.main([*toy, "--json", "kept/toy.json"])
+    printed = capsys.readouterr().out.split("\ntiny, 2 steps, 2 seeds\n")[1]
+    stored = json.loads((tmp_path / "kept" / "toy.json").read_text())
+    runs = {(r["precision"], r["added_mean"], r["seed"]): r for r in stored["runs"]}
     assert len(runs) == 2 * (1 + 2 * 2)
-    assert all([step for step, _ in r["val"]] == [0, 1, 2, 3, 4] for r in runs.values())
-    kept = [len(list(path.glob("step-*.pt"))) for path in tmp_path.glob("out/*/*/*")]
-    assert kept == [5] * 10
-    shares = [runs["fp4", bias, 1]["mean_share"][-1][1] for bias in (0.0, 8.0)]
+    assert all([step for step, _ in r["val"]] == [0, 1, 2] for r in runs.values())
+    kept = [len(list(path.glob("step-*.pt"))) for path in tmp_path.glob("out/compare/tiny-2/*")]
+    assert kept == [3] * 10
+    shares = [runs["fp4", rms, 1]["mean_share"][-1][1] for rms in (0.0, 8.0)]
     assert shares[1] > max(0.9, shares[0])  # 64 / 65 if the input has no mean of its own
-    # one step from the same weights on the same batch: what the dial does to fp4, not to fp4_mean
+    # one step from the same weights on the same batch: what the mean does to fp4, not to fp4_mean
     first = {key: r["val"][1][1] for key, r in runs.items()}
     for seed in (1, 2):
         moved = [abs(first[p, 8.0, seed] - first[p, 0.0, seed]) for p in ("fp4", "fp4_mean")]
         assert moved[1] < 2e-3 < moved[0], moved
 
-    figure = tmp_path / "assets" / "toy.png"
-    figure.unlink()
-    monkeypatch.setattr(train, "main", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("trained again"))
     compare.main(toy)
-    again = capsys.readouterr().out
-    assert printed.split("| precision")[1] == again.split("| precision")[1]
-    shutil.rmtree(tmp_path / "out")
-    figure.unlink()
-    compare.main([*toy, "--draw"])
-    assert figure.stat().st_size > 10_000
+    assert capsys.readouterr().out.endswith(printed)
+    compare.main(["kept/toy.json"])
+    assert capsys.readouterr().out.endswith(printed)
+    assert committed == {path: path.read_bytes() for path in RESULTS.iterdir()}
 
 
-def test_goes_on_with_what_was_interrupted(toy, tmp_path, monkeypatch):
+def test_goes_on_with_what_was_interrupted(small, monkeypatch):
     whole = train.learning_rate
 
     def stop(step, config):
@@ -75,44 +92,114 @@ def test_goes_on_with_what_was_interrupted(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "learning_rate", stop)
     with pytest.raises(KeyboardInterrupt):
-        compare.main(toy)
+        compare.main(small)
     monkeypatch.setattr(train, "learning_rate", whole)
-    given, main = [], train.main
-    monkeypatch.setattr(train, "main", lambda argv: given.append(argv) or main(argv))
-    compare.main(toy)
+    given = []
+    monkeypatch.setattr(compare, "train", lambda argv: given.append(argv) or train.main(argv))
+    compare.main([*small, "--seeds", "2"])
     assert given[0][0] == "--resume" and given[1][0] == "--preset"
 
 
-def test_an_unfinished_run_is_no_result(toy, tmp_path, monkeypatch):
+def test_an_unfinished_run_is_no_result(small, tmp_path, monkeypatch):
     def unfinished(argv):
-        (out,) = (a.split("=")[1] for a in argv if a.startswith("--out-dir"))
-        train.Path(out).mkdir(parents=True)
-        (train.Path(out) / "metrics.jsonl").write_text('{"step": 2, "val_loss": 1.0}\n')
+        (out,) = (Path(a.split("=")[1]) for a in argv if a.startswith("--out-dir"))
+        out.mkdir(parents=True)
+        lines = '{"step": 2, "val_loss": 1.0}', '{"step": 3, "loss": 1.0}', '{"step": 4, "val_lo'
+        (out / "metrics.jsonl").write_text("\n".join(lines))
 
-    monkeypatch.setattr(train, "main", unfinished)
-    with pytest.raises(SystemExit, match="was interrupted"):
-        compare.main(toy)
+    monkeypatch.setattr(compare, "train", unfinished)
+    with pytest.raises(UserError, match="was interrupted"):
+        compare.main([*small, "--json", "toy.json"])
+    assert not (tmp_path / "toy.json").exists()
 
 
-def record(precision, dial, seed, loss, **more):
-    run = {
-        "precision": precision,
-        "mean_bias": dial,
-        "seed": seed,
-        "tokens_per_second": 100,
-        **more,
-    }
+def test_a_run_is_not_taken_for_one_of_another_preset_of_the_same_name(small, tmp_path):
+    compare.main(small)
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY | {"learning_rate": 1e-4}))
+    with pytest.raises(
+        UserError, match=r"tiny-4/bf16-0-1 was run with another learning_rate. HINT"
+    ):
+        compare.main(small)
+    (tmp_path / "other.json").write_text(json.dumps(TINY | {"learning_rate": 1e-4}))
+    compare.main([*small[:2], "other.json", *small[3:]])
+    compare.main([*small[:2], "other.json", *small[3:], "--steps", "3"])
+    folders = {path.name for path in tmp_path.glob("out/compare/*")}
+    assert folders == {"tiny-4", "other-4", "other-3"}
+
+
+def test_a_run_without_its_checkpoints_is_named(small, monkeypatch):
+    monkeypatch.setitem(compare.EXPERIMENTS["toy"], "keep", False)
+    compare.main(small)
+    monkeypatch.setitem(compare.EXPERIMENTS["toy"], "keep", True)
+    with pytest.raises(UserError, match=r"run without --keep. HINT: delete it"):
+        compare.main(small)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["added_mean", "--steps", "0"], "--steps: 0"),
+        (["added_mean", "--steps", "x"], "--steps"),
+        (["natural", "--seeds", "-1"], "--seeds: -1"),
+        (["natural", "--seeds", "0"], "--seeds: 0"),
+        (["dial"], "'dial' is not one of added_mean, ablations, natural"),
+        (["none.json"], "none.json"),
+        ([str(RESULTS / "natural.json"), "--seeds", "2"], "no other argument"),
+        ([str(RESULTS / "nano.json")], "is not what --json wrote"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_said_and_prints_no_table(argv, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "call", lambda *_: pytest.fail("it runs"))
+    with pytest.raises(UserError, match=named):
+        compare.main(argv)
+    assert not capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_the_real_subprocess_trains_and_its_error_is_one_line(small, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "train", SUBPROCESS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    compare.main(small)
+    assert "| `bf16` | 0 | " in capsys.readouterr().out
+    Path("odd.json").write_text(json.dumps(TINY | {"grad_accum": 3}))
+    with pytest.raises(UserError) as error:
+        compare.main([*small[:2], "odd.json"])
+    assert str(error.value).startswith("train.py failed: batch_size 4 does not split into 1 ")
+    assert "\n" not in str(error.value)
+
+
+def test_ctrl_c_saves_and_is_one_line(small):
+    experiment = {"seeds": 1, "steps": 10**6, "base": "fp4", "settings": []}
+    code = f"from experiments import compare; compare.EXPERIMENTS['toy'] = {experiment}; "
+    code += f"compare.script(lambda: compare.main({small}))"
+    env = {**os.environ, "PYTHONPATH": str(compare.ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    argv = [sys.executable, "-c", code]
+    process = subprocess.Popen(argv, env=env, stderr=-1, text=True, start_new_session=True)
+    out = Path("out", "compare", "tiny-1000000", "bf16-0-1")
+    while not metrics(out) and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # to both processes, as a terminal does
+    _, error = process.communicate(timeout=60)
+    assert error == f"error: {out} was interrupted. HINT: the same command goes on with it\n"
+    assert process.returncode == 1
+    saved = train.read_checkpoint(out / "checkpoint.pt")["step"]
+    assert saved == sum("loss" in m for m in metrics(out)) > 0
+
+
+def record(precision, added_mean, seed, loss, **more):
+    run = {"precision": precision, "added_mean": added_mean, "seed": seed, **more}
     return run | {"val": [[0, 9.0], [5, loss]], "mean_share": [[0, 0.9], [5, 0.5]]}
 
 
 def test_summary():
-    rows = compare.summary([
+    rows = summary([
         record("bf16", 0.0, 1, 2.0), record("fp4", 4.0, 1, 2.5), record("fp4_mean", 4.0, 1, 2.2),
         record("bf16", 0.0, 2, 3.0), record("fp4", 4.0, 2, 3.3), record("fp4_mean", 4.0, 2, 3.1),
         record("fp4", 4.0, 3, 9.0), record("fp4_mean", 0.0, 1, 2.1, bf16_blocks=2),
-        record("fp4", 0.0, 1, 2.3, tokens_per_second=40),
+        record("fp4", 0.0, 1, 2.3),
     ], "fp4")  # fmt: skip
-    bf16, plain, mean, blocks, undialed = rows
+    bf16, plain, mean, blocks, _ = rows
     assert [r["seeds"] for r in rows] == [2, 3, 2, 1, 1] and bf16["gap"] == 0
     assert plain["gap"] == pytest.approx(0.4) and plain["gap_error"] == pytest.approx(0.1)
     assert plain["loss"] == pytest.approx(14.8 / 3) and plain["to_base"] == 0
@@ -122,27 +209,21 @@ def test_summary():
     assert mean["to_base_error"] == pytest.approx(np.std([0.3, 0.2], ddof=1) / math.sqrt(2))
     assert blocks["label"] == "fp4_mean, 2 blocks in bf16"
     assert blocks["to_base"] == pytest.approx(2.1 - 2.3) and math.isnan(blocks["to_base_error"])
-    assert undialed["speed"] == 0.4 and plain["speed"] == 1
     printed = compare.table(rows, "fp4").splitlines()
     assert "| +6.00 ± 2.00 | -0.2500 ± 0.0500 |" in printed[4] and "nan" not in "".join(printed)
 
 
-@pytest.mark.parametrize("name", ["dial", "natural", "ablations"])
-def test_every_experiment_can_be_drawn(name, tmp_path, monkeypatch):
-    """From results as they are stored, of settings as they are listed."""
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    experiment, made = compare.EXPERIMENTS[name], []
-    monkeypatch.setattr(compare, "finish", lambda preset, knobs: made.append(knobs) or record(
-        **{k: knobs[k] for k in ("precision", "seed", "bf16_blocks") if k in knobs},
-        dial=knobs["mean_bias"], loss=2 + knobs["seed"] / 9,
-    ))  # fmt: skip
-    monkeypatch.setattr(compare, "DATA", tmp_path)
-    (tmp_path / "meta.json").touch()
-    compare.main([name, "--seeds", "2"])
-    assert len(made) == 2 * (1 + len(experiment["settings"]))
+@pytest.mark.parametrize("name", ["added_mean", "natural", "ablations"])
+def test_committed_results_are_those_of_the_listed_settings(name, capsys):
+    stored = json.loads((RESULTS / f"{name}.json").read_text())
+    experiment = compare.EXPERIMENTS[name]
+    assert (stored["steps"], stored["base"]) == (experiment["steps"], experiment["base"])
+    made = list(compare.runs(name, stored["preset"], experiment["seeds"], stored["steps"]))
+    settings = [{k: knobs[k] for k in compare.SETTING if k in knobs} for knobs in made]
+    assert settings == [{k: r[k] for k in compare.SETTING if k in r} for r in stored["runs"]]
     assert len({knobs["out_dir"] for knobs in made}) == len(made)
-    assert all(knobs["precision"] in fp4.RECIPES for knobs in made)
-    assert (tmp_path / "assets" / f"{name}.png").stat().st_size > 10_000
-    (tmp_path / "results" / f"{name}.json").unlink()
-    with pytest.raises(train.RunError, match=f"no .*{name}.json. HINT"):
-        compare.main([name, "--draw"])
+    assert all(knobs["precision"] in RECIPES for knobs in made)
+    compare.main([str(RESULTS / f"{name}.json")])
+    assert (
+        f"\nmicro, {stored['steps']} steps, {experiment['seeds']} seed" in capsys.readouterr().out
+    )
