@@ -1,52 +1,45 @@
-"""The mean bias in a trained model, what FP4 makes of it, and what each remedy does about it.
+"""The mean in a trained model, what FP4 makes of it, and what each remedy does about it.
 
-    python analyze.py out/run/step-200.pt out/run/step-2000.pt     stages of one training (--keep)
-    python analyze.py QWEN3_DIRECTORY --text FILE                  a Hugging Face model
-    python analyze.py --draw                                       from results/analysis.json again
+    python experiments/analyze.py RUN/step-200.pt RUN/step-2000.pt   stages of a training (--keep)
+    python experiments/analyze.py QWEN3_DIRECTORY --text FILE        a Hugging Face model
+    python experiments/analyze.py experiments/results/analysis.json  tables again, no model
 
-All is measured on one batch of held-out text, on the exact input X (l, m) and output gradient
-D (l, n) of every block linear, in FP32: what their mean over tokens is and does, the error that
+All is measured on one batch of held-out text, on the exact input X (T, m) and output gradient
+D (T, n) of every block linear, in FP32: what their mean over tokens is and does, the error that
 each remedy leaves in each GEMM, and the error of the whole FP4 gradient, split into bias and noise.
+The tables of the last stage are printed; --json keeps the numbers, and figures.py draws them.
 """
 
-import argparse
 import json
 import math
 import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fp4
-from data.shards import DataError, load, prepare_if_missing
-from export import load_hf
-from sample import load_model
-from train import RunError
+from cli import Parser, UserError, number, script
+from data.shards import load, prepare_if_missing
+from experiments.recipes import RECIPES, AddedMean, rotate_tokens
+from experiments.report import markdown
+from nvfp4 import _unpack, quantize
+from run import World, load_model
 
-ROOT = Path(__file__).parent
-DIALS = 0.0, 4.0  # FP4Linear's mean_bias: the natural mean, and a strong one
-TITLES = {"0": "the natural mean", "4": "a mean of 4 RMS added"}
+ADDED = 0.0, 4.0  # means added to X, in RMS: only the model's own mean, and a strong one
+TITLES = {"0": "the model's own mean", "4": "and a mean of 4 RMS added"}
 GRADIENTS = "fp4", "fp4_mean", "fp4_mean_paper", "fp4_hadamard", "fp4_svd"
-OUT = "results/analysis.json"
 CROP = 64  # tokens and features of the image
-VALUES = 0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6  # of the 16 codes
 
 # ------------------------------------------------------------------------------------------------
-# Diagnostics of a matrix x (l, m), tokens by features. All return floats.
+# Diagnostics of a matrix x (T, m), tokens by features. All return floats.
 
 
 def _gram(x):
-    """x'x or xx', the smaller: both have the squared singular values of x as eigenvalues."""
+    """xᵀx or xxᵀ, the smaller: both have the squared singular values of x as eigenvalues."""
     return x @ x.t() if len(x) < x.shape[1] else x.t() @ x
-
-
-def mean_share(x):
-    """||mu||^2 / E||x||^2: the mean's share of the energy, in [0, 1]; R of arXiv 2603.10444 is its
-    square root."""
-    return (x.mean(0).square().sum() / x.square().sum(1).mean()).item()
 
 
 def mean_alignment(x):
@@ -91,7 +84,7 @@ def isoscore(x):
 
 def code_shares(x):
     """How often each of the 16 codes of E2M1 occurs in NVFP4's x: (16,), sum 1."""
-    codes = fp4._unpack(fp4.quantize(x).codes, (1, 16))
+    codes = _unpack(quantize(x).codes, (1, 16))
     return torch.bincount(codes.flatten(), minlength=16) / codes.numel()
 
 
@@ -102,7 +95,7 @@ def code_entropy(x):
 
 def scale_spread(x):
     """The standard deviation of log2 of NVFP4's nonzero block scales: octaves."""
-    scales = fp4.quantize(x).scales.float()
+    scales = quantize(x).scales.float()
     return scales[scales > 0].log2().std(correction=0).item()
 
 
@@ -117,7 +110,7 @@ def diagnose(x):
         "scale_spread": scale_spread,
         "amax": lambda x: x.abs().max().item(),
     }
-    share = mean_share(x)
+    share = fp4.mean_share(x).item()
     return {
         "mean_share": share,
         "R": math.sqrt(share),
@@ -128,13 +121,13 @@ def diagnose(x):
 
 # ------------------------------------------------------------------------------------------------
 # Remedies. Those of fp4.py are the real code. The related systems are emulated: functions of two
-# operands a (M, K), b (N, K) and their roundings, returning a b' (M, N). All rotate, permute or
+# operands a (M, K), b (N, K) and their roundings, returning a bᵀ (M, N). All rotate, permute or
 # choose along K, the axis that the GEMM contracts, and take W in 16 x 16 blocks as fp4.py does.
 
 
 def rotate(a):
-    """Every 16 columns times the Hadamard matrix with signs of fp4.rotate_tokens."""
-    return fp4.rotate_tokens(a.t()).t()
+    """Every 16 columns times the Hadamard matrix with signs of recipes.rotate_tokens."""
+    return rotate_tokens(a.t()).t()
 
 
 def hadamard(a, b, round_a, round_b):
@@ -171,7 +164,7 @@ def per_channel(a, b, round_a, round_b):
     return round_a(a, (16, 1)) @ round_b(b, (16, 1)).t()
 
 
-REMEDIES = {  # a recipe or a function, and what it costs over none
+REMEDIES = {  # a recipe's name or a function, and what it costs over none
     "none": ("fp4", "-"),
     "mean": ("fp4_mean", "a reduction and a subtraction for X and D; two matrix-vector products"),
     "mean in FP4": ("fp4_mean_paper", "the same, and the cross terms of wgrad"),
@@ -188,25 +181,19 @@ COLUMNS = "fprop", "fprop varying", "dgrad", "dgrad varying", "wgrad"
 
 def rounding(block=(1, 16), stochastic=False):
     """A function that rounds a matrix to NVFP4 and back, in these blocks unless told others."""
-    return lambda x, block=block: fp4.quantize(x, block=block, stochastic=stochastic).dequantize()
+    return lambda x, block=block: quantize(x, block=block, stochastic=stochastic).dequantize()
 
 
 def gemms(x, w, d, how):
-    """Y (l, n), dX (l, m) and dW (n, m) of X (l, m), W (n, m), D (l, n), l a multiple of 16, under
-    a recipe or a function of REMEDIES. Gradients are rounded stochastically."""
+    """Y (T, n), dX (T, m) and dW (n, m) of X (T, m), W (n, m), D (T, n), T a multiple of 16, under
+    a recipe's name or a function of REMEDIES. Gradients are rounded stochastically."""
     if callable(how):
         near, random, blocks = rounding(), rounding(stochastic=True), rounding((16, 16))
         y, dx = how(x, w, near, blocks), how(d, w.t(), random, blocks)
         return y, dx, how(d.t(), x.t(), random, near)
-    layer = fp4.FP4Linear(w.shape[1], len(w), False, how, device="meta")
-    layer.weight, x = torch.nn.Parameter(w), x.detach().requires_grad_()
-    y = layer(x)
-    return y.detach(), *torch.autograd.grad(y, (x, layer.weight), d)
-
-
-def offset(x, bias):
-    """The mean (m,) that FP4Linear's dial adds to x (l, m)."""
-    return fp4.FP4Linear(x.shape[1], 16, False, "fp4", bias).to(x.device).offset(x) if bias else 0.0
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    y = RECIPES[how](x, w)
+    return y.detach(), *torch.autograd.grad(y, (x, w), d)
 
 
 def gemm_errors(got, exact):
@@ -221,15 +208,15 @@ def gemm_errors(got, exact):
     return *both(got[0], exact[0]), *both(got[1], exact[1]), relative(got[2], exact[2])
 
 
-def remedy_errors(tensors, weights, bias):
-    """{remedy: errors in the order of COLUMNS}, root mean squares over the linears; the dial's
-    offset at `bias` is added to every X, as a mean that the model might have. What it adds to dW
-    cancels in training, so the unit of wgrad's error is dW without it."""
+def remedy_errors(tensors, weights, rms):
+    """{remedy: errors in the order of COLUMNS}, root mean squares over the linears, with a mean of
+    `rms` RMS added to every X, as one that the model might have. What it adds to dW cancels in
+    training, so the unit of wgrad's error is dW without it."""
     squares = {name: torch.zeros(len(COLUMNS), dtype=torch.float64) for name in REMEDIES}
     for linear, (x, d) in tensors.items():
         w, x, d = weights[linear], x[: len(x) // 16 * 16], d[: len(d) // 16 * 16]
         unit = (d.t() @ x).norm().item()
-        x = x + offset(x, bias)
+        x = x + AddedMean(None, rms).mean(x)
         exact = gemms(x, w, d, "fp32")
         for name, (how, _) in REMEDIES.items():
             torch.manual_seed(0)
@@ -266,7 +253,7 @@ def split_error(pairs):
 def gradients(model, layers, ids, targets, recipe):
     """{parameter: gradient of the loss}, with this recipe in every block linear."""
     for layer in layers.values():
-        layer.recipe = fp4.RECIPES[recipe]
+        layer.recipe = RECIPES[recipe]
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(model(ids, targets), parameters)
     return dict(zip(names, grads, strict=True))
@@ -298,38 +285,37 @@ def gradient_errors(model, layers, ids, targets, seeds):
 def open_model(path, text, tokens, device):
     """A checkpoint, a run's folder or a Hugging Face directory: the model in FP32, and ids and
     targets (B, T) of about this many tokens of held-out text, evenly spaced."""
-
-    def spaced(count):
-        n = max(1, tokens // (length - 1))
-        return torch.linspace(0, count - 1, n, dtype=torch.float64).long()
-
     if path.is_dir() and list(path.glob("*.safetensors")):
         from transformers import AutoTokenizer
 
+        from hf import load_hf
+
         if not text:
-            raise RunError(f"{path} is a Hugging Face directory. HINT: --text FILE")
+            raise UserError(f"{path} is a Hugging Face directory. HINT: --text FILE")
         if not any((path / f"tokenizer{end}.json").exists() for end in ("", "_config")):
-            raise RunError(f"no tokenizer in {path}: no tokenizer.json. HINT: copy it there")
+            raise UserError(f"no tokenizer in {path}: no tokenizer.json. HINT: copy it there")
         model, _ = load_hf(path, "fp32", device)
-        ids = AutoTokenizer.from_pretrained(path)(Path(text).read_text())["input_ids"]
+        text_ids = AutoTokenizer.from_pretrained(path)(Path(text).read_text("utf-8-sig"))
+        ids = torch.tensor(text_ids["input_ids"])
         length = min(model.config.block_size, tokens) + 1
         if len(ids) < length:
-            raise RunError(f"{text} has {len(ids)} tokens, fewer than {length}")
-        window = torch.tensor(ids).unfold(0, length, 1)[spaced(len(ids) - length + 1)]
+            raise UserError(f"{text} has {len(ids)} tokens, fewer than {length}")
+        windows, n = ids.unfold(0, length, 1), max(1, tokens // (length - 1))
+        rows = windows[torch.linspace(0, len(windows) - 1, n, dtype=torch.float64).long()]
     else:
         if text:
-            raise RunError(f"--text is for Hugging Face models; {path} has its own dataset")
+            raise UserError(f"--text is for Hugging Face models; {path} has its own dataset")
         model, config = load_model(path, device, "fp32")
         prepare_if_missing(config["dataset"])
         val = load(config["dataset"], "val")
         length = min(model.config.block_size, tokens) + 1
-        window = val.batch(spaced(val.windows(length)), length)
-    window = window.to(device)
-    return model, window[:, :-1], window[:, 1:]
+        rows = val.batch(val.spaced(max(1, tokens // (length - 1)), length), length)
+    rows = rows.to(device)
+    return model, rows[:, :-1], rows[:, 1:]
 
 
 def capture(model, layers, ids, targets):
-    """{linear: (X (l, m), D (l, n))}, exact, l the tokens of the batch."""
+    """{linear: (X (T, m), D (T, n))}, exact, T the tokens of the batch."""
     seen = {}
 
     def look(name):
@@ -348,7 +334,6 @@ def capture(model, layers, ids, targets):
 
 def analyze(path, text, tokens, seeds, device):
     """One stage: all that tables and figures need."""
-    path = Path(path)
     model, ids, targets = open_model(path, text, tokens, device)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, fp4.FP4Linear)}
     tensors = capture(model, layers, ids, targets)
@@ -360,16 +345,16 @@ def analyze(path, text, tokens, seeds, device):
     mean = x.mean(0)
     first = mean.square().unfold(0, min(CROP, len(mean)), 1).sum(1).argmax().item()
     codes, images = {}, {}
-    for bias in DIALS:
-        y = x + offset(x, bias)
-        codes[f"{bias:g}"] = [code_shares(y).tolist(), code_shares(y - y.mean(0)).tolist()]
+    for rms in ADDED:
+        y = x + AddedMean(None, rms).mean(x)
+        codes[f"{rms:g}"] = [code_shares(y).tolist(), code_shares(y - y.mean(0)).tolist()]
         crop = y[:CROP, first : first + CROP].tolist()
-        images[f"{bias:g}"] = {"share": mean_share(y), "x": crop}
+        images[f"{rms:g}"] = {"share": fp4.mean_share(y).item(), "x": crop}
     return {
         "name": path.parent.name if path.name == "checkpoint.pt" else path.name.removesuffix(".pt"),
         "tokens": ids.numel(),
         "linears": linears,
-        "remedies": {f"{bias:g}": remedy_errors(tensors, weights, bias) for bias in DIALS},
+        "remedies": {f"{rms:g}": remedy_errors(tensors, weights, rms) for rms in ADDED},
         "gradients": gradient_errors(model, layers, ids, targets, seeds),
         "largest": {
             "linear": largest,
@@ -391,12 +376,7 @@ def rounded(value):
 
 
 # ------------------------------------------------------------------------------------------------
-# Tables and figures, from the JSON alone.
-
-
-def table(columns, rows):
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+# Tables, from what --json keeps.
 
 
 def tables(stage):
@@ -407,157 +387,59 @@ def tables(stage):
             pairs = (v if isinstance(v, list) else [v] for v in measures.values())
             linears.append((name, side, *(" → ".join(f"{v:.2g}" for v in p) for p in pairs)))
     yield f"{stage['name']}, {stage['tokens']} tokens: before → after centering"
-    yield table(("linear", "", *(m.replace("_", " ") for m in measures)), linears)
-    for bias, errors in stage["remedies"].items():
+    yield markdown(("linear", "", *(m.replace("_", " ") for m in measures)), linears)
+    for rms, errors in stage["remedies"].items():
         rows = [(n, *(f"{v:.4f}" for v in e), REMEDIES[n][1]) for n, e in errors.items()]
-        yield f"relative error of each GEMM, {TITLES[bias]}"
-        yield table(("remedy", *COLUMNS, "costs"), rows)
+        yield f"relative error of each GEMM, {TITLES[rms]}"
+        yield markdown(("remedy", *COLUMNS, "costs"), rows)
     rows = []
     for recipe, errors in stage["gradients"].items():
         worst = max(stage["linears"], key=lambda n: errors[n][0])
         rows.append((f"`{recipe}`", *(f"{v:.4f}" for v in errors["whole"])))
         rows[-1] += (f"{worst} {errors[worst][0]:.4f}",)
     yield "the whole gradient"
-    yield table(("recipe", "relative error", "bias", "noise", "cosine", "worst linear"), rows)
+    yield markdown(("recipe", "relative error", "bias", "noise", "cosine", "worst linear"), rows)
 
 
-def draw_stripes(plt, stage):
-    """A linear's input, also with a strong mean, and what centering leaves of either, on one colour
-    scale."""
-    largest = stage["largest"]
-    images = {bias: np.array(image["x"]) for bias, image in largest["images"].items()}
-    panels = {
-        f"{TITLES[bias]}: {largest['images'][bias]['share']:.0%} of the energy": x
-        for bias, x in images.items()
-    }
-    panels["after subtracting the mean, of either"] = images["0"] - np.array(largest["mean"])
-    limit = 3 * np.sqrt(np.square(images["0"]).mean())
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.3), sharey=True, layout="constrained")
-    for ax, (title, x) in zip(axes, panels.items(), strict=True):
-        extent = (largest["first"], largest["first"] + x.shape[1], len(x), 0)
-        shown = ax.imshow(x, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
-        ax.set_title(title, fontsize=10)
-    axes[0].set(ylabel="token")
-    axes[1].set(xlabel=f"feature of {largest['linear']}'s input")
-    figure.colorbar(shown, ax=axes, shrink=0.85)
-    return figure
-
-
-def draw_codes(plt, stage):
-    """How often NVFP4 uses each of its 16 codes, before and after centering."""
-    order = sorted(range(16), key=lambda c: (VALUES[c], c < 8))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    for ax, (bias, shares) in zip(axes, stage["largest"]["codes"].items(), strict=True):
-        for i, when in enumerate(("X", "X - μ")):
-            bits = -sum(p * math.log2(p) for p in shares[i] if p)
-            place = [k + 0.4 * i - 0.2 for k in range(16)]
-            height = [100 * shares[i][c] for c in order]
-            ax.bar(place, height, 0.4, label=f"{when}: {bits:.2f} bits")
-        ax.set_xticks(range(16), [f"{VALUES[c]:g}" for c in order])
-        ax.set(title=f"{stage['largest']['linear']}, {TITLES[bias]}", xlabel="E2M1 value")
-        ax.legend(frameon=False)
-    axes[0].set(ylabel="share of the values, %")
-    return figure
-
-
-def draw_mean_share(plt, stages):
-    """The mean's share by depth, a column for each kind of linear, a line for each stage."""
-    linears = stages[-1]["linears"]
-    kinds = list(dict.fromkeys(name.split(".", 2)[2] for name in linears))
-    figure, axes = plt.subplots(
-        2, len(kinds), figsize=(10, 4.8), sharex=True, sharey="row", layout="constrained"
-    )
-    for row, side, color in zip(axes, "XD", ("#c44e52", "#4c72b0"), strict=True):
-        for ax, kind in zip(row, kinds, strict=True):
-            mine = [name for name in linears if name.endswith(kind)]
-            for i, stage in enumerate(stages, 1):
-                shares = [stage["linears"][name][side]["mean_share"] for name in mine]
-                shade = color, 0.15 + 0.85 * i / len(stages)
-                ax.plot(shares, "o-", ms=3, color=shade, label=stage["name"])
-            ax.set_ylim(bottom=0)
-            ax.grid(alpha=0.25)
-            if side == "X":
-                ax.set(title=kind)
-        row[0].set(ylabel=f"mean's share of {side}")
-        row[-1].legend(frameon=False, fontsize=8)
-    figure.supxlabel("block")
-    return figure
-
-
-def draw_remedies(plt, stage):
-    """The error that each remedy leaves, with the natural mean and with a strong one."""
-    figure, axes = plt.subplots(
-        1, 2, figsize=(10, 4.2), sharex=True, sharey=True, layout="constrained"
-    )
-    for ax, (bias, errors) in zip(axes, stage["remedies"].items(), strict=True):
-        for i, column in enumerate(("fprop varying", "dgrad varying", "wgrad")):
-            place = [k + 0.27 * (i - 1) for k in range(len(errors))]
-            ax.barh(place, [e[COLUMNS.index(column)] for e in errors.values()], 0.27, label=column)
-        ax.set_yticks(range(len(errors)), list(errors))
-        ax.set(title=TITLES[bias], xlabel="relative error")
-        ax.grid(axis="x", alpha=0.25)
-    axes[0].invert_yaxis()
-    axes[0].legend(frameon=False, loc="lower right")
-    return figure
-
-
-def draw(stages, folder):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figures = {
-        "stripes": draw_stripes(plt, stages[-1]),
-        "codes": draw_codes(plt, stages[-1]),
-        "mean_share": draw_mean_share(plt, stages),
-        "remedies": draw_remedies(plt, stages[-1]),
-    }
-    folder.mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=110)
-        plt.close(figure)
+def read_stages(path):
+    """What --json wrote; UserError for anything else."""
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(stages, list) or "remedies" not in stages[-1]:
+        raise UserError(f"{path} is not what --json wrote")
+    return stages
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("paths", nargs="*", help="checkpoints, or a Hugging Face directory")
+    parser = Parser(__doc__)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="path", help="see above")
     parser.add_argument("--text", help="held-out text for a Hugging Face model")
-    parser.add_argument("--tokens", type=int, default=2048, help="of held-out text (2048)")
-    parser.add_argument("--seeds", type=int, default=4, help="rounding seeds, at least 2 (4)")
-    parser.add_argument("--out", default=OUT, help=f"({OUT}; figures of another file go beside it)")
-    parser.add_argument("--draw", action="store_true", help="from --out: no model, no data")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=number(int, 16), default=2048, help="of that text (2048)")
+    parser.add_argument("--seeds", type=number(int, 2), default=4, help="of the rounding (4)")
+    parser.add_argument("--json", type=Path, help="keep the numbers there")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     args = parser.parse_args(argv)
-    out = Path(args.out)
-    if not args.draw:
-        if not args.paths or args.seeds < 2 or args.tokens < 16:
-            raise RunError("give a checkpoint, 2 or more --seeds, 16 or more --tokens, or --draw")
-        print(fp4.backend(torch.device(args.device)), flush=True)
-        stages = []
+    path = args.paths[0]
+    if path.suffix == ".json":
+        if args != parser.parse_args([str(path)]):
+            raise UserError(f"{path} holds numbers: it takes no other argument")
+        stages = read_stages(path)
+    else:
+        device, stages = World(args.device).device, []
+        print(fp4.backend(device), flush=True)
         for path in args.paths:
-            stages.append(analyze(path, args.text, args.tokens, args.seeds, args.device))
+            stages.append(analyze(path, args.text, args.tokens, args.seeds, device))
             shares = [v["X"]["mean_share"] for v in stages[-1]["linears"].values()]
             print(f"{stages[-1]['name']}: mean share {statistics.mean(shares):.3f}", flush=True)
         for stage in stages[:-1]:
             del stage["largest"]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(rounded(stages), separators=(",", ":")) + "\n")
-    if not out.exists():
-        raise RunError(f"no {out}. HINT: python analyze.py CHECKPOINT...")
-    stages = json.loads(out.read_text())
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(rounded(stages), separators=(",", ":")) + "\n")
     print("\n\n".join(tables(stages[-1])))
-    draw(stages, ROOT / "assets" if args.out == OUT else out.parent)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, DataError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except ImportError as error:
-        sys.exit(f"error: {error}. HINT: pip install -r requirements-dev.txt")
+    script(main)

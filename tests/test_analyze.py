@@ -15,14 +15,16 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import analyze
 import fp4
 import train
+from cli import UserError
 from data.shards import write_dataset
 from data.vocab import encode, get_encoding
-from sample import load_model
+from experiments import analyze
+from experiments.recipes import AddedMean
+from run import load_model
 
-ROOT = Path(analyze.__file__).parent
+RESULTS = Path(analyze.__file__).parent / "results"
 BYTES = get_encoding("bytes")
 TINY = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "dim": 32, "ffn_dim": 48}
 TINY |= {"block_size": 32, "batch_size": 4, "max_steps": 4, "eval_interval": 2, "eval_windows": 4}
@@ -30,10 +32,8 @@ SMALL = ["--tokens", "64", "--seeds", "2", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
-def plain(tmp_path, monkeypatch):
-    """Nothing is compiled, and nothing is written into the repository."""
+def plain(monkeypatch):
     monkeypatch.setattr(fp4, "fuse", lambda: "plain passes")
-    monkeypatch.setattr(analyze, "ROOT", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,10 @@ def known_mean(mean):
 
 def test_the_share_of_a_known_mean():
     x = known_mean(4.0)
-    assert analyze.mean_share(x) == pytest.approx(16 / 17, rel=1e-12)
-    assert analyze.diagnose(x)["R"] == pytest.approx(math.sqrt(16 / 17), rel=1e-9)
-    assert analyze.mean_share(x - 4) == pytest.approx(0, abs=1e-20)
+    found = analyze.diagnose(x)
+    assert found["mean_share"] == pytest.approx(16 / 17, rel=1e-6)
+    assert found["R"] == pytest.approx(math.sqrt(16 / 17), rel=1e-6)
+    assert analyze.diagnose(x - 4)["mean_share"] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(200, 32), (20, 48)])
@@ -260,20 +261,20 @@ def test_outlier_columns_and_scales_per_channel_help_against_one_large_feature(o
     assert lost["none"] > 1.5 * max(lost["outlier columns"], lost["per channel"])
 
 
-def test_errors_are_root_mean_squares_over_linears_and_the_dial_is_the_layers(operands):
+def test_errors_are_root_mean_squares_over_linears_and_the_added_mean_is_the_recipes(operands):
     x, w, d = operands
-    biased = x + fp4.FP4Linear(64, 16, False, "fp4", 4.0).offset(x)
-    assert analyze.mean_share(biased) > 0.9
+    biased = x + AddedMean(None, 4.0).mean(x)
+    assert fp4.mean_share(biased) > 0.9
     both = analyze.remedy_errors({"a": (x, d), "b": (biased, d)}, {"a": w, "b": w}, 0.0)
     one, two = errors((x, w, d), "mean"), errors((biased, w, d), "mean")
     due = [math.sqrt((one[c] ** 2 + two[c] ** 2) / 2) for c in analyze.COLUMNS]
     assert both["mean"] == pytest.approx(due, rel=1e-4)
-    dialed = analyze.remedy_errors({"a": (x, d)}, {"a": w}, 4.0)
-    assert dialed["mean"][:4] == pytest.approx(list(two.values())[:4], rel=1e-4)
-    # the dial moves neither the residuals nor the unit of wgrad's error
+    added = analyze.remedy_errors({"a": (x, d)}, {"a": w}, 4.0)
+    assert added["mean"][:4] == pytest.approx(list(two.values())[:4], rel=1e-4)
+    # it moves neither the residuals nor the unit of wgrad's error
     still = analyze.remedy_errors({"a": (x, d)}, {"a": w}, 0.0)
-    assert dialed["mean"][4] == pytest.approx(still["mean"][4], rel=0.02)
-    assert dialed["none"][4] > 2 * still["none"][4]
+    assert added["mean"][4] == pytest.approx(still["mean"][4], rel=0.02)
+    assert added["none"][4] > 2 * still["none"][4]
 
 
 # Gradients.
@@ -341,10 +342,11 @@ def test_gradient_errors(run, monkeypatch):
 # The whole tool.
 
 
-def test_two_stages_are_analyzed_stored_and_drawn_again(run, tmp_path, capsys):
+def test_two_stages_are_analyzed_stored_and_printed_again(run, tmp_path, capsys):
     out = tmp_path / "results" / "a.json"
     paths = [str(run / "step-0.pt"), str(run / "checkpoint.pt")]
-    analyze.main([*paths, *SMALL, "--out", str(out)])
+    committed = (RESULTS / "analysis.json").read_bytes()
+    analyze.main([*paths, *SMALL, "--json", str(out)])
     printed = capsys.readouterr().out
     stages = json.loads(out.read_text())
     assert [s["name"] for s in stages] == ["step-0", run.name] and stages[0]["tokens"] == 64
@@ -354,27 +356,25 @@ def test_two_stages_are_analyzed_stored_and_drawn_again(run, tmp_path, capsys):
     assert max(shares, key=shares.get) == last["largest"]["linear"] and len(shares) == 8
     assert all(name in printed for name in [*analyze.REMEDIES, *analyze.GRADIENTS, *shares])
     assert f"{last['remedies']['4']['mean'][1]:.4f}" in printed
-    x, dialed = (np.array(last["largest"]["images"][bias]["x"]) for bias in "04")
+    x, strong = (np.array(last["largest"]["images"][rms]["x"]) for rms in "04")
     mean = np.array(last["largest"]["mean"])
     assert x.shape == (64, 32) and mean == pytest.approx(x.mean(0), abs=2e-3)
-    assert np.abs(dialed - x).max() > 4 * np.sqrt((x**2).mean())
-    assert dialed - dialed.mean(0) == pytest.approx(x - x.mean(0), abs=3e-4)
+    assert np.abs(strong - x).max() > 4 * np.sqrt((x**2).mean())
+    assert strong - strong.mean(0) == pytest.approx(x - x.mean(0), abs=3e-4)
     assert last["largest"]["images"]["0"]["share"] == max(shares.values())
     assert last["largest"]["images"]["4"]["share"] > 0.9
 
-    drawn = {p.name: p.read_bytes() for p in out.parent.glob("*.png")}
-    assert set(drawn) == {"stripes.png", "codes.png", "mean_share.png", "remedies.png"}
-    for name in drawn:
-        (out.parent / name).unlink()
-    analyze.main(["--draw", "--out", str(out)])
-    assert capsys.readouterr().out in printed
-    assert drawn == {p.name: p.read_bytes() for p in out.parent.glob("*.png")}
+    analyze.main([str(out)])
+    again = capsys.readouterr().out
+    assert again.splitlines()[:4] == printed.splitlines()[3:7]
+    assert again.count("|") == printed.count("|") and "e mean of 4" not in again
+    assert (RESULTS / "analysis.json").read_bytes() == committed
 
 
 def test_a_hugging_face_directory(qwen, tmp_path):
     model, folder = qwen
     out, seen = tmp_path / "a.json", []
-    analyze.main([str(folder), "--text", str(folder / "text.txt"), *SMALL, "--out", str(out)])
+    analyze.main([str(folder), "--text", str(folder / "text.txt"), *SMALL, "--json", str(out)])
     (stage,) = json.loads(out.read_text())
     hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0][0])
@@ -389,26 +389,41 @@ def test_a_hugging_face_directory(qwen, tmp_path):
     assert stage["linears"]["blocks.1.ffn.down"]["X"]["mean_share"] == pytest.approx(share, 1e-3)
 
 
+def test_a_byte_order_mark_is_no_token(qwen, tmp_path):
+    text = (qwen[1] / "text.txt").read_text()
+    (tmp_path / "bom.txt").write_text(text, encoding="utf-8-sig")
+    paths = str(qwen[1] / "text.txt"), str(tmp_path / "bom.txt")
+    plain, marked = (analyze.open_model(qwen[1], path, 64, "cpu")[1] for path in paths)
+    assert torch.equal(plain, marked)
+
+
 def test_errors_of_the_user(run, qwen, tmp_path):
     folder, text = str(qwen[1]), str(qwen[1] / "text.txt")
     (short := tmp_path / "short.txt").write_text("w1 w2")
+    (broken := tmp_path / "broken.json").write_text("{}")
     bare = shutil.copytree(qwen[1], tmp_path / "bare", ignore=lambda *_: ["tokenizer.json"])
     (bare / "tokenizer_config.json").unlink()
+    stored = str(RESULTS / "analysis.json")
     for argv, message in {
-        (): "give a checkpoint",
-        ("--draw",): "no .*a.json. HINT",
+        (): "required: path",
         (folder,): "HINT: --text FILE",
         (folder, "--text", str(short)): "2 tokens, fewer than 33",
         (str(bare), "--text", text): "no tokenizer in",
         (str(run), "--text", text): "--text is for Hugging Face",
         (str(tmp_path / "none.pt"),): "no checkpoint at",
+        (str(run), "--seeds", "1"): "--seeds: 1 is not",
+        (str(run), "--tokens", "0"): "--tokens: 0 is not",
+        (stored, "--seeds", "2"): "takes no other argument",
+        (stored, str(run)): "takes no other argument",
+        (str(tmp_path / "none.json"),): "cannot read .*none.json",
+        (str(broken),): "is not what --json wrote",
     }.items():
-        with pytest.raises(train.RunError, match=message):
-            analyze.main([*argv, *SMALL, "--out", str(tmp_path / "a.json")])
+        with pytest.raises(UserError, match=message):
+            analyze.main(argv)
 
 
 def test_an_error_is_one_line(tmp_path):
-    argv = [sys.executable, ROOT / "analyze.py", "--draw", "--out", tmp_path / "none.json"]
+    argv = [sys.executable, analyze.__file__, tmp_path / "none.json"]
     done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: no ")
+    assert done.returncode == 1 and done.stderr.startswith("error: cannot read ")
     assert len(done.stderr.splitlines()) == 1
