@@ -1,7 +1,8 @@
-"""Evaluate runs: loss, bits per byte, last words and BLiMP's minimal pairs, in two precisions.
+r"""Evaluate runs: loss, bits per byte, last words and BLiMP's minimal pairs, in two precisions.
 
-python eval.py --out-dir out/nano-fp4 out/nano-fp4_mean
-python eval.py --out-dir out/nano-fp4 --blimp blimp/data --lambada lambada_test_en.jsonl
+    python experiments/eval.py --out-dir out/nano-fp4 out/nano-fp4_mean
+    python experiments/eval.py --out-dir out/nano-fp4 --blimp blimp/data \
+        --lambada lambada_test_en.jsonl
 
 Prints Markdown: a row for each run and precision, by default bf16 and the one it was trained in,
 and with --blimp a row for each phenomenon. A number comes with its standard error over examples,
@@ -23,7 +24,6 @@ where there are enough of them, as many tokens as a micro-step of the training. 
 same at every call with the same arguments.
 """
 
-import argparse
 import json
 import math
 import re
@@ -35,12 +35,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fp4
+from cli import Parser, number, script
 from data.shards import DataError, load
 from data.text.prepare import BROKEN, OPEN
 from data.vocab import EOT, get_encoding
-from sample import load_model
-from train import Config, RunError, World, read_config, spread
+from experiments.recipes import RECIPES
+from experiments.report import markdown
+from run import Config, World, load_model, read_config, seed_for
 
 SOURCES = {
     "BLiMP": "the folder data of https://github.com/alexwarstadt/blimp",
@@ -55,13 +58,13 @@ def read_jsonl(path, pick):
     path = Path(path)
     try:
         if path.is_dir():
-            texts = [p.read_text(encoding="utf-8") for p in sorted(path.glob("*.jsonl"))]
+            texts = [p.read_text(encoding="utf-8-sig") for p in sorted(path.glob("*.jsonl"))]
         elif tarfile.is_tarfile(path):
             with tarfile.open(path) as tar:
                 files = [m for m in tar if m.name.endswith(".jsonl")]
-                texts = [tar.extractfile(m).read().decode() for m in files]
+                texts = [tar.extractfile(m).read().decode("utf-8-sig") for m in files]
         else:
-            with OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            with OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
                 texts = [file.read()]
         lines = [line for text in texts for line in text.split("\n") if line]  # U+2028 is no end
         records = [pick(json.loads(line)) for line in lines]
@@ -147,12 +150,15 @@ def measure(model, config, blimp=(), lambada=(), batch_tokens=None, limit=None):
     of which the mean is reported.
 
     config: the run's; blimp, lambada: see `read_blimp` and `read_lambada`; batch_tokens: by default
-    those of a micro-step of the training; limit: of the passages of the validation text."""
+    those of a micro-step of the training; limit: of the passages of the validation text. Rounding
+    noise is that of train.py's evaluation, so that a score repeats."""
+    torch.manual_seed(seed_for(config, "evaluation"))
     batch_tokens = batch_tokens or config.batch_size // config.grad_accum * config.block_size
     val = load(config.dataset, "val")
     encoding = get_encoding(val.tokenizer)
 
-    windows = val.batch(spread(val, config.eval_windows, config), config.block_size + 1).tolist()
+    length = config.block_size + 1
+    windows = val.batch(val.spaced(config.eval_windows, length), length).tolist()
     logp, _ = score(model, [(w[:1], w[1:]) for w in windows], batch_tokens)
     text = encoding.decode_bytes([t for w in windows for t in w[1:] if t != encoding.eot_token])
     bytes_per_token = val.bytes_per_token or len(text) / len(windows) / config.block_size
@@ -203,39 +209,43 @@ def report(rows):
         )
 
     names = dict.fromkeys(name for row in rows for name in row["columns"])
-    table = [["run", "in", *names], ["---"] * (2 + len(names))]
+    lines = []
     for row in rows:
         cells = {n: cell(c, 1 if n.endswith("%") else 4) for n, c in row["columns"].items()}
-        table.append([f"`{row['run']}`", row["in"], *(cells.get(name, "") for name in names)])
+        lines.append([f"`{row['run']}`", row["in"], *(cells.get(name, "") for name in names)])
+    text = markdown(["run", "in", *names], lines)
     if rows[0]["phenomena"]:
-        table += [[], ["BLiMP, %", *(f"`{row['run']}` in {row['in']}" for row in rows)]]
-        table += [["---"] * (1 + len(rows))]
-    for name in rows[0]["phenomena"]:
-        table.append([name, *(cell(row["phenomena"][name], 1) for row in rows)])
-    return "\n".join("| " + " | ".join(line) + " |" if line else "" for line in table)
+        columns = ["BLiMP, %", *(f"`{row['run']}` in {row['in']}" for row in rows)]
+        text += "\n\n" + markdown(columns, [
+            [name, *(cell(row["phenomena"][name], 1) for row in rows)]
+            for name in rows[0]["phenomena"]
+        ])  # fmt: skip
+    return text
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--out-dir", required=True, nargs="+", help="the folders of runs")
     parser.add_argument(
-        "--precision", nargs="+", choices=list(fp4.RECIPES), help="(bf16 and the training's)"
+        "--precision",
+        nargs="+",
+        choices=list(RECIPES),
+        metavar="RECIPE",
+        help="(bf16 and that of the training)",
     )
     parser.add_argument("--blimp", help="the folder of its .jsonl files, or a tar file of it")
     parser.add_argument("--lambada", help="its .jsonl file, also .xz or .gz")
-    parser.add_argument("--limit", type=int, help="passages, and pairs a phenomenon, at most (all)")
-    parser.add_argument("--batch-tokens", type=int, help="(those of a micro-step of the training)")
+    parser.add_argument(
+        "--limit", type=number(int), help="passages, and pairs a phenomenon, at most (all)"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=number(int), help="(those of a micro-step of the training)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     parser.add_argument(
         "--json", type=Path, help="write `statistics` there: N, mean, error, and the paired two"
     )
     args = parser.parse_args(argv)
-    if any(n is not None and n < 1 for n in (args.limit, args.batch_tokens)):
-        raise RunError("--limit and --batch-tokens must be at least 1")
     blimp = read_blimp(args.blimp, args.limit) if args.blimp else ()
     lambada = read_lambada(args.lambada, args.limit) if args.lambada else ()
     device = World(args.device).device
@@ -243,7 +253,7 @@ def main(argv=None):
     for run in args.out_dir:
         config = Config(**read_config(Path(run) / "config.json"))
         for precision in args.precision or dict.fromkeys(("bf16", config.precision)):
-            line = fp4.backend(device) if fp4.RECIPES[precision].format == "nvfp4" else ""
+            line = fp4.backend(device) if precision.startswith("fp4") else ""
             print(f"{run} in {precision}", line, file=sys.stderr, flush=True)
             model, _ = load_model(run, device, precision)
             parts = measure(model, config, blimp, lambada, args.batch_tokens, args.limit)
@@ -258,11 +268,9 @@ def main(argv=None):
         if not getattr(args, name.lower()):
             print(f"\n{name} is left out. HINT: --{name.lower()} PATH, {source}")
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, DataError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    script(main)

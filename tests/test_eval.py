@@ -8,21 +8,19 @@ import math
 import runpy
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
 import fp4
 import train
 from data.shards import DataError, load, write_dataset, write_meta
 from data.vocab import EOT, encode, get_encoding
+from experiments import eval as evaluation
 from model import GPT
-from sample import load_model
+from run import CHECKPOINT_FORMAT, Config, World, load_model, save
 
-ROOT = Path(train.__file__).parent
 BYTES = get_encoding("bytes")
 TEXT = "The old king sat on the hill. A cat saw the king, and the king saw a cat; then it ran. "
 BLIMP = [("numbers", uid, f"the cat {i} ran", f"the xat {i} ran") for uid in "ab" for i in "12"]
@@ -41,7 +39,7 @@ def data(tmp_path):
 
 
 def config_of(data, precision="fp32", **knobs):
-    return train.Config(
+    return Config(
         precision=precision, dataset=data, vocab_size=320, block_size=64, n_layer=2, n_head=2,
         n_kv_head=1, head_dim=16, dim=32, ffn_dim=48, batch_size=6, grad_accum=2, eval_windows=8,
         **knobs,
@@ -56,11 +54,12 @@ def model_of(config):
     return model
 
 
-def save(folder, config):
+def save_run(folder, config):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    state = {"format": train.CHECKPOINT_FORMAT, "config": dataclasses.asdict(config)}
-    train.save(folder / "checkpoint.pt", {**state, "model": model_of(config).state_dict()})
+    state = {"format": CHECKPOINT_FORMAT, "step": 0, "config": dataclasses.asdict(config)}
+    state |= {"model": model_of(config).state_dict(), "optimizer": {}}
+    save(folder / "checkpoint.pt", state)
     return str(folder)
 
 
@@ -135,14 +134,23 @@ def test_greedy_needs_every_token_of_the_target_and_none_of_the_context():
 
 
 def test_val_loss_is_that_of_the_training_in_fp4_too(data):
-    for precision in ("fp32", "fp4", "fp4_mean"):
+    for precision in ("fp32", "fp4", "fp4_mean", "fp4_mean_sr"):  # the last rounds at random
         config = config_of(data, precision)
         model, val = model_of(config), load(data, "val")
-        expected = train.evaluate(model, val, config, train.World("cpu"))
+        expected = train.evaluate(model, val, config, World("cpu"))
         columns, _ = evaluation.measure(model, config)
         assert columns["val loss"][1].mean() == pytest.approx(expected, rel=1e-6)
         bits = columns["bits per byte"][1].mean()
         assert f"{bits:.4f}" == train.bits_per_byte(expected, val)
+
+
+def test_a_score_repeats_whatever_was_measured_before(data):
+    config = config_of(data, "fp4_mean_sr")  # rounds at random in the forward pass
+    model = model_of(config)
+    first, _ = evaluation.measure(model, config, BLIMP)
+    torch.rand(1)
+    again, _ = evaluation.measure(model, config, BLIMP)
+    assert all(np.array_equal(values, again[name][1]) for name, (_, values) in first.items())
 
 
 def test_bits_per_byte_without_the_datasets_count(tmp_path):
@@ -153,7 +161,7 @@ def test_bits_per_byte_without_the_datasets_count(tmp_path):
     write_meta(tmp_path, "plays", 4096, None)
     config = config_of(str(tmp_path))
     val = load(str(tmp_path), "val")
-    windows = val.batch(train.spread(val, 8, config), 65)[:, 1:]
+    windows = val.batch(val.spaced(8, 65), 65)[:, 1:]
     count = sum(len(plays.decode(w.tolist()).replace(EOT, "").encode()) for w in windows)
     assert sum((w == plays.eot_token).sum() for w in windows) > 0
     columns, _ = evaluation.measure(Bigram(torch.zeros(4096, 4096)), config)
@@ -283,6 +291,20 @@ def test_lambada_is_read(tmp_path):
     assert evaluation.read_lambada(tmp_path / "l.jsonl.xz", 1) == expected[:1]
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar", "file"])
+def test_a_byte_order_mark_is_skipped(kind, tmp_path):
+    path = tmp_path / "l"
+    path.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (path / name).write_text(jsonl([{"text": "I saw the king"}]), encoding="utf-8-sig")
+    if kind == "tar":
+        with tarfile.open(tmp_path / "l.tar", "w") as tar:
+            tar.add(path)
+    path = {"folder": path, "tar": tmp_path / "l.tar", "file": path / "a.jsonl"}[kind]
+    due = [("I saw the", " king")] * (1 if kind == "file" else 2)
+    assert evaluation.read_lambada(path) == due
+
+
 @pytest.mark.parametrize(
     "content", [None, b"", b"{", b"[1]\n", b'{"UID": "a"}\n', b"\xff\n", "half", "folder"]
 )
@@ -322,12 +344,12 @@ def command(monkeypatch, capsys, *argv):
     """eval.py as a command: what it prints."""
     monkeypatch.setattr(sys, "argv", ["eval.py", "--device", "cpu", *map(str, argv)])
     capsys.readouterr()
-    runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+    runpy.run_path(evaluation.__file__, run_name="__main__")
     return capsys.readouterr().out
 
 
 def test_the_command(data, tmp_path, monkeypatch, capsys):
-    runs = [save(tmp_path / p, config_of(data, p)) for p in ("fp4", "fp4_mean", "bf16")]
+    runs = [save_run(tmp_path / p, config_of(data, p)) for p in ("fp4", "fp4_mean", "bf16")]
     argv = ["--out-dir", *runs, "--json", tmp_path / "eval.json", "--limit", 9]
     printed = command(monkeypatch, capsys, *argv, "--blimp", blimp_tar(tmp_path / "b.tar.xz"))
     rows = json.loads((tmp_path / "eval.json").read_text())
@@ -338,9 +360,8 @@ def test_the_command(data, tmp_path, monkeypatch, capsys):
     assert loss[0] == loss[2] == loss[4] and len(set(loss)) == 3  # the weights are the same
     for row, (folder, precision) in zip(rows, labels, strict=True):
         model, config = load_model(folder, precision=precision)
-        expected = train.evaluate(
-            model, load(data, "val"), train.Config(**config), train.World("cpu")
-        )
+        config, val = Config(**config), load(data, "val")
+        expected = train.evaluate(model, val, config, World("cpu"))
         n, mean, _, *paired = row["columns"]["val loss"]
         assert (n, mean) == (8, pytest.approx(expected, rel=1e-5))
         assert paired[:1] == ([] if row is rows[0] else [pytest.approx(mean - loss[0], abs=2e-6)])
@@ -361,7 +382,7 @@ def test_the_command(data, tmp_path, monkeypatch, capsys):
 
 
 def test_without_data_it_says_where_to_get_it(data, tmp_path, monkeypatch, capsys):
-    run = save(tmp_path / "run", config_of(data, "bf16"))
+    run = save_run(tmp_path / "run", config_of(data, "bf16"))
     (tmp_path / "l.jsonl").write_text(jsonl([{"text": "I saw the king"}]))
     argv = ["--out-dir", run, "--precision", "fp32", "fp4"]
     printed = command(monkeypatch, capsys, *argv)
@@ -378,13 +399,14 @@ def test_without_data_it_says_where_to_get_it(data, tmp_path, monkeypatch, capsy
     [
         (["--out-dir", "missing"], "missing"),
         (["--out-dir", "RUN", "--blimp", "missing.tar"], "missing.tar"),
-        (["--out-dir", "RUN", "--limit", "0"], "--limit"),
+        (["--out-dir", "RUN", "--limit", "0"], "--limit: 0"),
+        (["--out-dir", "RUN", "--batch-tokens", "-5"], "--batch-tokens: -5"),
         (["--out-dir", "RUN", "--device", "tpu"], "tpu"),
     ],
     ids=str,
 )
 def test_errors_are_one_line(argv, named, data, tmp_path, monkeypatch, capsys):
-    run = save(tmp_path / "run", config_of(data))
+    run = save_run(tmp_path / "run", config_of(data))
     argv = [run if a == "RUN" else a for a in argv]
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, capsys, *argv)
