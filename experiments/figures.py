@@ -1,0 +1,257 @@
+"""Draw all figures, from numbers alone.
+
+    python experiments/figures.py           experiments/results/*.json -> experiments/assets/*.png
+    python experiments/figures.py FOLDER    FOLDER/*.json, named like those -> FOLDER/*.png
+    python experiments/figures.py --nano out/nano-bf16 out/nano-fp4 out/nano-fp4_mean
+                                            first make nano.json, from the metrics of these runs
+
+Errors are standard errors over seeds.
+"""
+
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's need not be installed here
+import matplotlib
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli import Parser, UserError, script
+from experiments.report import label, metrics, summary
+from run import read_json
+
+HERE = Path(__file__).resolve().parent
+STYLES = {
+    "bf16": {"color": "#222222", "marker": "x"},
+    "fp4": {"color": "#c0392b", "marker": "o"},
+    "fp4_mean": {"color": "#1f6fb4", "marker": "s"},
+    "fp4_mean_paper": {"color": "#d98e04", "marker": "^"},
+}
+BLUE, OCHRE = "#1f6fb4", "#d98e04"
+SMOOTH = 10  # steps of a training loss in nano.json
+CHANGES = {  # the ablations in plain words
+    "fp4_mean_x": "X alone centered",
+    "fp4_mean_headroom": "unbiased rounding (headroom)",
+    "fp4_mean_sr": "X rounded stochastically",
+    "fp4_mean_1d": "W in 1-D blocks",
+    "fp4_mean, 1 block in bf16": "the last block in BF16",
+    "fp4_mean_row_bf16": "means in BF16",
+    "fp4_mean_row_fp4": "means rounded to FP4",
+    "fp4_mean_row_fp4_sr": "the same, stochastically",
+    "fp4_mean_row_weight": "means times the rounded W",
+    "fp4_mean_cross": "wgrad's cross terms computed",
+    "fp4_mean_paper": "the paper's equations",
+}
+
+
+def panels(width, height, columns=1, **kwargs):
+    """A figure and its axes, a list of them if there is more than one."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, **kwargs)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_added_mean(stored):
+    """The gap to bf16 against the strength of the mean."""
+    named = {
+        "fp4": ("vanilla NVFP4", 0),
+        "fp4_mean": ("mean taken off, kept in FP32", 13),
+        "fp4_mean_paper": ("mean taken off, then rounded", 0),
+    }
+    rows = summary(stored["runs"], stored["base"])
+    figure, ax = panels(8, 4.4)
+    for name, (text, up) in named.items():
+        mine = [r for r in rows if r["label"] == name]
+        x, y, error = ([r[k] for r in mine] for k in ("added_mean", "percent", "percent_error"))
+        ax.errorbar(x, y, error, **STYLES[name], ms=6, capsize=3, lw=1.8)
+        where = {"xytext": (10, up), "textcoords": "offset points", "va": "center"}
+        ax.annotate(f"{name}\n{text}", (x[-1], y[-1]), **where, color=STYLES[name]["color"])
+    ax.axhline(0, color="#222222", lw=0.8)
+    ax.annotate("bf16", (x[-1], 0), (10, -8), textcoords="offset points", va="center")
+    ticks = [f"{r['added_mean']:g}\n{r['share']:.0%}" for r in mine]
+    ax.set_xticks(x, ticks)
+    ax.set(xlim=(-0.3, x[-1] + 0.2), ylim=(-4, None), ylabel="validation loss above bf16, %")
+    ax.set(xlabel="added mean, in RMS of the layer's input, and the mean's share of the energy")
+    return figure
+
+
+def draw_natural(stored):
+    """Validation loss, its gap to bf16 and the mean's share, over a longer training."""
+    figure, (left, middle, right) = panels(10, 3.6, 3)
+    runs = {label(r): r for r in stored["runs"]}
+    bf16 = dict(runs["bf16"]["val"])
+    for name, r in runs.items():
+        style = STYLES[name] | {"ms": 4, "lw": 1.4}
+        steps, loss = np.array(r["val"][1:]).T
+        left.plot(steps, loss, **style, label=name)
+        if name != "bf16":
+            middle.plot(steps, [100 * (v / bf16[s] - 1) for s, v in r["val"][1:]], **style)
+        right.plot(*np.array(r["mean_share"]).T, **style)
+    left.set(title="validation loss, nats a byte")
+    left.legend(frameon=False)
+    middle.axhline(0, color="#222222", lw=0.8)
+    middle.set(title="gap to bf16, %")
+    right.set(title="the mean's share of the energy", ylim=(0, None))
+    figure.supxlabel("step", fontsize=10)
+    return figure
+
+
+def draw_ablations(stored):
+    """What one changed choice costs, without an added mean and with one."""
+    rows = summary(stored["runs"], stored["base"])
+    figure, axes = panels(10, 3.8, 2)
+    for ax, added_mean in zip(axes, (0.0, 4.0), strict=True):
+        mine = [r for r in rows if r["added_mean"] == added_mean and r["label"] in CHANGES]
+        values, errors = ([r[k] for r in mine] for k in ("to_base", "to_base_error"))
+        ax.errorbar(values, range(len(mine)), xerr=errors, fmt="o", color=BLUE, capsize=3)
+        ax.set_yticks(range(len(mine)), [CHANGES[r["label"]] for r in mine])
+        ax.axvline(0, color="#222222", lw=0.8)
+        ax.grid(axis="x", alpha=0.3)
+        ax.invert_yaxis()
+    axes[0].set(title="the model's own mean\n(note the finer scale)")
+    axes[1].set(title="4 RMS added\n")
+    figure.supxlabel("validation loss minus fp4_mean's, nats a byte", fontsize=10)
+    return figure
+
+
+def draw_nano(stored):
+    """Losses over a training in three precisions, and their gaps to bf16."""
+    figure, (left, right) = panels(9, 3.8, 2)
+    bf16 = {k: dict(stored["bf16"][k]) for k in ("train", "val")}
+    for name, curves in stored.items():
+        color, dots = STYLES[name]["color"], {"ls": "", "ms": 6, "mfc": "none", **STYLES[name]}
+        left.plot(*np.array(curves["train"]).T, color=color, lw=1.2)
+        left.plot(*np.array(curves["val"]).T, **dots, label=f"{name}: {curves['val'][-1][1]:.3f}")
+        if name != "bf16":
+            train, val = (
+                [(s, v - bf16[k][s]) for s, v in curves[k] if s in bf16[k]]
+                for k in ("train", "val")
+            )
+            right.plot(*np.array(train).T, color=color, lw=1.2)
+            right.plot(*np.array(val).T, **dots, label=name)
+    left.set(title="loss, nats a token")
+    left.legend(
+        frameon=False,
+        title="lines: training, means of 10 steps\nmarks: validation, and its last value",
+    )
+    right.axhline(0, color="#222222", lw=0.8)
+    right.set(title="minus bf16's")
+    right.legend(frameon=False, loc="lower right")
+    figure.supxlabel("step", fontsize=10)
+    return figure
+
+
+def draw_stripes(stages):
+    """A layer's input, also with a strong mean, and what centering leaves of either, on one colour
+    scale."""
+    largest = stages[-1]["largest"]
+    images = {rms: np.array(image["x"]) for rms, image in largest["images"].items()}
+    share = {rms: f"{image['share']:.0%} of the energy" for rms, image in largest["images"].items()}
+    shown = {
+        f"before: the model's own mean,\n{share['0']}": images["0"],
+        f"before, artificial: 4 RMS of mean\nadded, {share['4']}": images["4"],
+        "after: either of them\nwithout its mean": images["0"] - np.array(largest["mean"]),
+    }
+    limit = 3 * np.sqrt(np.square(images["0"]).mean())
+    figure, axes = panels(10, 4, 3, sharey=True)
+    for ax, (title, x) in zip(axes, shown.items(), strict=True):
+        extent = (largest["first"], largest["first"] + x.shape[1], len(x), 0)
+        image = ax.imshow(x, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+        ax.set(title=title)
+    axes[0].set(ylabel="token")
+    axes[1].set(xlabel=f"feature of the input of {largest['linear']}")
+    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
+    return figure
+
+
+def draw_mean_share(stages):
+    """The mean's share of X by depth: a column for each kind of linear, a line for each stage."""
+    linears = stages[-1]["linears"]
+    kinds = list(dict.fromkeys(name.split(".", 2)[2] for name in linears))
+    figure, axes = panels(10, 3.2, len(kinds), sharey=True)
+    for ax, kind in zip(axes, kinds, strict=True):
+        mine = [name for name in linears if name.endswith(kind)]
+        for i, stage in enumerate(stages, 1):
+            shares = [stage["linears"][name]["X"]["mean_share"] for name in mine]
+            shade = BLUE, 0.15 + 0.85 * i / len(stages)
+            ax.plot(shares, "o-", ms=4, color=shade, label=stage["name"].replace("-", " "))
+        ax.set(title=kind, ylim=(0, None), xticks=range(len(mine)))
+    axes[0].set(ylabel="mean's share of the energy")
+    axes[-1].legend(frameon=False)
+    figure.supxlabel("block", fontsize=10)
+    return figure
+
+
+def draw_remedies(stages):
+    """The error that each remedy leaves: a dark bar with the model's own mean, and behind it a
+    light one with a strong mean."""
+    own, added = (stages[-1]["remedies"][rms] for rms in ("0", "4"))
+    figure, ax = panels(8, 5)
+    for up, column, name, color in ((-0.2, 1, "fprop, varying", BLUE), (0.2, 4, "wgrad", OCHRE)):
+        place = [k + up for k in range(len(own))]
+        for errors, shade, what in ((added, 0.35, "4 RMS added"), (own, 1, "the model's own mean")):
+            values = [e[column] for e in errors.values()]
+            ax.barh(place, values, 0.36, color=(color, shade), label=f"{name}: {what}")
+    ax.set_yticks(range(len(own)), list(own))
+    ax.invert_yaxis()
+    ax.grid(axis="x", alpha=0.3)
+    ax.set(xlabel="relative error")
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.45, 1), ncols=2)
+    return figure
+
+
+FIGURES = {  # of a JSON file: the figures drawn from it
+    "added_mean": {"added_mean": draw_added_mean},
+    "ablations": {"ablations": draw_ablations},
+    "natural": {"natural": draw_natural},
+    "nano": {"loss": draw_nano},
+    "analysis": {"stripes": draw_stripes, "mean_share": draw_mean_share, "remedies": draw_remedies},
+}
+
+
+def loss_curves(runs):
+    """{precision: {"train": [[step, mean of SMOOTH losses], ...], "val": [[step, loss], ...]}}."""
+    curves = {}
+    for run in runs:
+        records, train = metrics(run), []
+        losses = [(m["step"], m["loss"]) for m in records if "loss" in m]
+        for i in range(0, len(losses) - SMOOTH + 1, SMOOTH):
+            steps, values = zip(*losses[i : i + SMOOTH], strict=True)
+            train.append([steps[SMOOTH // 2], round(statistics.mean(values), 4)])
+        val = [[m["step"], round(m["val_loss"], 4)] for m in records if "val_loss" in m]
+        if not train or not val:
+            raise UserError(f"{run} is no run of {SMOOTH} steps or more")
+        curves[read_json(Path(run) / "config.json")["precision"]] = {"train": train, "val": val}
+    if "bf16" not in curves or curves.keys() - STYLES.keys():
+        raise UserError(f"--nano takes runs of bf16 and {', '.join(STYLES.keys() - {'bf16'})}")
+    return curves
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, help="(experiments/results)")
+    parser.add_argument("--nano", nargs="+", metavar="RUN", help="make nano.json from these runs")
+    args = parser.parse_args(argv)
+    source, target = args.folder or HERE / "results", args.folder or HERE / "assets"
+    if args.nano:
+        text = json.dumps(loss_curves(args.nano), separators=(",", ":"))
+        (source / "nano.json").write_text(text.replace("]]},", "]]},\n") + "\n")
+    found = [source / f"{name}.json" for name in FIGURES if (source / f"{name}.json").exists()]
+    if not found:
+        raise UserError(f"{source} has none of {', '.join(FIGURES)}.json")
+    matplotlib.rcParams.update({"font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9})
+    for path in found:
+        for name, draw in FIGURES[path.stem].items():
+            draw(json.loads(path.read_text())).savefig(target / f"{name}.png", dpi=150)
+            print(target / f"{name}.png")
+
+
+if __name__ == "__main__":
+    script(main)
