@@ -24,10 +24,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} HINT: python {sys.argv[0]} --help")
 
 
+def is_a(value, kind):
+    """Whether a JSON value is of a type; an int is a float too, but a bool is no int."""
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
 def why_not(value, low=None):
     """What is wrong with a number that must be finite and at least low, or above 0 if low is None;
     or None."""
-    if math.isfinite(value) and (value > 0 if low is None else value >= low):
+    if value < math.inf and (value > 0 if low is None else value >= low):
         return None
     return f"is not a finite number {'above 0' if low is None else f'of {low} or more'}"
 

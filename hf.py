@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cli import Parser, UserError, script, why_not
+from cli import Parser, UserError, is_a, script, why_not
 from data.vocab import EOT, PATTERN
 from model import GPT, ModelConfig
 from run import CHECKPOINT_FORMAT, Config, encoding_of, load_model, read_config, read_json, save
@@ -110,8 +110,8 @@ def read_config_json(path, precision):
     types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
     for ours, name in FIELDS.items():
         value, kind = values[name], types[ours]
-        if type(value) is not kind and (kind, type(value)) != (float, int):
-            raise UserError(f"{path}: {name} {value!r} is not a {kind.__name__}")
+        if not is_a(value, kind):
+            raise UserError(f"{path}: {name} {value!r} is no {kind.__name__}")
         if kind is not bool and (problem := why_not(value)):
             raise UserError(f"{path}: {name} {value} {problem}")
     shape = {ours: values[name] for ours, name in FIELDS.items()}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cli import Parser, UserError
+from cli import Parser, UserError, is_a
 from data.shards import load
 from data.vocab import get_encoding
 from model import GPT, ModelConfig, knob
@@ -105,8 +105,8 @@ def read_config(path):
     for name, value in values.items():
         if name not in types:
             raise UserError(f"{path}: unknown name {name!r}")
-        if type(value) is not types[name] and (types[name], type(value)) != (float, int):
-            raise UserError(f"{path}: {name} {value!r} is not a {types[name].__name__}")
+        if not is_a(value, types[name]):
+            raise UserError(f"{path}: {name} {value!r} is no {types[name].__name__}")
     return values
 
 
@@ -198,6 +198,9 @@ def read_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is cut short or not a checkpoint") from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
+    missing = {"step", "config", "model", "optimizer"} - state.keys()
+    if missing:
+        raise UserError(f"{path} has no {', '.join(sorted(missing))}")
     state["config"] = {RENAMED.get(name, name): v for name, v in state["config"].items()}
     return state
 

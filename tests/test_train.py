@@ -18,12 +18,16 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import fp4
-import sample
+import run as run_module
 import train
+from cli import script
 from data.shards import Tokens, load, write_dataset, write_meta, write_shard
 from data.vocab import encode, get_encoding
+from experiments.recipes import RECIPES, recipe_of
 from model import GPT
+from run import CHECKPOINT_FORMAT, Config, load_model, read_checkpoint, seed_for
 
 ROOT = Path(train.__file__).parent
 BYTES = get_encoding("bytes")
@@ -43,7 +47,8 @@ TINY = {
     "eval_windows": 8,
     "log_interval": 5,
 }
-PLAIN = "import os, signal, sys, fp4, train; fp4.fuse = lambda: 'plain passes'\n"
+PLAIN = "import os, signal, sys, cli, fp4, train; fp4.fuse = lambda: 'plain passes'\n"
+MAIN = "cli.script(lambda: train.main(sys.argv[1:]))\n"
 SIGNAL = """
 schedule = train.learning_rate
 def learning_rate(step, config):
@@ -82,18 +87,15 @@ def flags(knobs):
 
 
 def main(*argv):
-    """train.main on one thread and without compiling; leaves the signal handlers as they were."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    """train.py on one thread and without compiling."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fp4, "fuse", lambda: "plain passes")
         try:
-            train.main([str(a) for a in argv])
+            script(lambda: train.main([str(a) for a in argv]))
         finally:
             torch.set_num_threads(threads)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 def run(preset, out, **knobs):
@@ -115,11 +117,11 @@ def refused(call, *args, **knobs):
     return message
 
 
-def process(code, *argv):
+def process(code, *argv, **environment):
     return subprocess.run(
-        [sys.executable, "-c", f"{PLAIN}{code}\ntrain.main(sys.argv[1:])", *map(str, argv)],
+        [sys.executable, "-c", f"{PLAIN}{code}\n{MAIN}", *map(str, argv)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=100,
@@ -138,7 +140,7 @@ def losses(out):
 
 def tensors(out):
     """The weights and the optimizer's moments and counts in a run's checkpoint."""
-    state = train.read_checkpoint(out / "checkpoint.pt")
+    state = read_checkpoint(out / "checkpoint.pt")
     moments = state["optimizer"]["state"].items()
     return state["model"] | {f"{i} {name}": t for i, s in moments for name, t in s.items()}
 
@@ -173,7 +175,7 @@ def starts(monkeypatch):
 
 def test_a_run_is_a_folder_a_sample_and_a_summary(tiny, tmp_path, capsys):
     out = run(tiny, tmp_path / "run", precision="bf16")
-    assert set(files(out)) == {"config.json", "metrics.jsonl", "checkpoint.pt", "loss.png"}
+    assert set(files(out)) == {".lock", "config.json", "metrics.jsonl", "checkpoint.pt", "loss.png"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     text, _, lines = capsys.readouterr().out.split("--- sample ---\n")[1].rpartition("\n---\n")
     assert text
@@ -192,7 +194,7 @@ def test_the_loss_falls(whole):
     assert val[-1] < 3.2 and losses(whole)[-1] < 3.2
 
 
-@pytest.mark.parametrize("precision", fp4.RECIPES)
+@pytest.mark.parametrize("precision", RECIPES)
 def test_every_recipe_trains(precision, tiny, tmp_path):
     first, second = losses(run(tiny, tmp_path, precision=precision, max_steps=2, warmup_steps=0))
     assert first == pytest.approx(math.log(320), abs=0.05)
@@ -270,7 +272,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, whole, tmp_path):
     out = tmp_path / "run"
     killed = process(SIGNAL.format("SIGKILL"), "--preset", tiny, "--out-dir", out)
     assert killed.returncode == -signal.SIGKILL
-    assert train.read_checkpoint(out / "checkpoint.pt")["step"] == 4
+    assert read_checkpoint(out / "checkpoint.pt")["step"] == 4
     assert len(losses(out)) == 5
     resume(out)
     assert_same_run(out, whole)
@@ -281,7 +283,7 @@ def test_ctrl_c_saves_at_once_and_the_run_resumes_bit_for_bit(tiny, whole, tmp_p
     stopped = process(SIGNAL.format("SIGINT"), "--preset", tiny, "--out-dir", out)
     assert stopped.returncode == 0 and stopped.stderr == ""
     assert stopped.stdout.splitlines()[-1].startswith("stopped at step 6 and saved")
-    assert train.read_checkpoint(out / "checkpoint.pt")["step"] == 6
+    assert read_checkpoint(out / "checkpoint.pt")["step"] == 6
     resume(out)
     assert_same_run(out, whole)
 
@@ -295,6 +297,127 @@ def test_a_finished_run_goes_on_when_asked_for_more_steps(copy, whole):
 def test_a_finished_run_asked_for_fewer_steps_stays_as_it_is(copy, whole):
     resume(copy, max_steps=5)
     assert_same_run(copy, whole)
+
+
+def test_evaluations_of_equal_runs_are_equal_also_where_the_forward_pass_is_random(tiny, tmp_path):
+    """And those of a run that was interrupted. The share of the mean too."""
+    knobs = {"precision": "fp4_mean_sr", "max_steps": 8}
+    first = run(tiny, tmp_path / "first", **knobs)
+    torch.rand(7)  # what else draws from PyTorch's generator must not matter
+    assert_same_run(run(tiny, tmp_path / "second", **knobs), first)
+    third = tmp_path / "third"
+    stopped = process(SIGNAL.format("SIGINT"), "--preset", tiny, "--out-dir", third, *flags(knobs))
+    assert stopped.returncode == 0, stopped.stderr
+    resume(third)
+    assert_same_run(third, first)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_text(""),
+        lambda file: file.write_bytes(b"\x00\xff\xfe" + file.read_bytes()[300:]),
+        lambda file: file.write_text("[]\n3\n{}\nnull\n" + file.read_text()[300:]),
+    ],
+    ids=["missing", "empty", "damaged", "foreign"],
+)
+@pytest.mark.parametrize("steps", [10, 12])
+def test_a_resume_goes_on_without_the_metrics_and_says_what_is_lost(
+    harm, steps, copy, whole, capsys
+):
+    harm(copy / "metrics.jsonl")
+    resume(copy, max_steps=steps)
+    printed = capsys.readouterr().out
+    (line,) = (line for line in printed.splitlines() if "has lost" in line)
+    lost = 10 - len([m for m in metrics(copy) if "loss" in m and m["step"] < 10])
+    assert lost > 0 and f"metrics.jsonl has lost {lost} of 10 steps" in line
+    assert metrics(copy)[-1]["step"] == steps and (copy / "loss.png").exists()
+    assert "val_loss: " in printed
+
+
+def test_a_second_process_in_the_same_folder_is_one_line(tiny, tmp_path):
+    """Also one that resumes; the first is not disturbed, and a killed one leaves no lock behind."""
+    other = """
+step_one = train.learning_rate
+def learning_rate(step, config):
+    if step == 5:
+        import subprocess
+        for how in (["--preset", sys.argv[2]], ["--resume"]):
+            argv = [sys.executable, "train.py", *how, "--out-dir", sys.argv[4], "--device", "cpu"]
+            print(subprocess.run(argv, capture_output=True, text=True).stderr, flush=True)
+    return step_one(step, config)
+train.learning_rate = learning_rate
+"""
+    alone = run(tiny, tmp_path / "alone", precision="bf16")
+    out = tmp_path / "run"
+    argv = "--preset", tiny, "--out-dir", out, "--precision", "bf16"
+    done = process(other, *argv)
+    assert done.returncode == 0, done.stderr
+    assert f"error: {out} holds another run" in done.stdout
+    assert f"error: another process is training in {out}\n" in done.stdout
+    assert_same_run(out, alone)
+    shutil.rmtree(out)
+    killed = process(SIGNAL.format("SIGKILL"), *argv)
+    assert killed.returncode == -signal.SIGKILL
+    resume(out)
+    assert_same_run(out, alone)
+
+
+def test_two_processes_that_start_at_once_in_one_folder(tiny, tmp_path, monkeypatch):
+    """Neither sees a checkpoint of the other yet."""
+    held = run_module.World("cpu")
+    held.lock(tmp_path)
+    before = files(tmp_path)
+    message = refused(run, tiny, tmp_path, precision="bf16")
+    assert message == f"error: another process is training in {tmp_path}"
+    assert files(tmp_path) == before
+    held.close()
+    run(tiny, tmp_path, precision="bf16", max_steps=1)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+        {"PYTHONIOENCODING": "cp1252"},
+        {"PYTHONIOENCODING": "ascii"},
+    ],
+    ids=str,
+)
+def test_what_follows_the_training_does_not_undo_it(environment, tiny, tmp_path):
+    """A notebook's environment; consoles that lack what the sample has."""
+    code = "import tiktoken\ntiktoken.Encoding.decode = lambda self, ids: '\\u6f22\\u014d a'\n"
+    argv = "--preset", tiny, "--out-dir", tmp_path, "--precision", "bf16", "--max-steps", 2
+    done = process(code, *argv, **environment)
+    assert done.returncode == 0, done.stderr
+    assert " a\n---" in done.stdout and "val_loss: " in done.stdout
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_a_curve_or_a_sample_that_fails_is_said(tiny, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(train, "plot", fail)
+    monkeypatch.setattr(GPT, "generate", fail)
+    run(tiny, tmp_path, precision="bf16", max_steps=1)
+    printed = capsys.readouterr().out
+    assert "no loss curve: RuntimeError: no luck" in printed
+    assert "no sample: RuntimeError: no luck" in printed and "val_loss: " in printed
+
+
+def test_runs_from_before_a_knob_was_renamed(copy):
+    """mean_bias is added_mean now."""
+    config = json.loads((copy / "config.json").read_text())
+    config["mean_bias"] = config.pop("added_mean")
+    (copy / "config.json").write_text(json.dumps(config))
+    state = read_checkpoint(copy / "checkpoint.pt")
+    state["config"]["mean_bias"] = state["config"].pop("added_mean")
+    torch.save(state, copy / "checkpoint.pt")
+    assert load_model(copy)[1]["added_mean"] == 0.0
+    resume(copy, max_steps=11)
+    assert metrics(copy)[-1]["step"] == 11
 
 
 # Several processes.
@@ -329,13 +452,62 @@ def test_two_processes_and_micro_steps_train_as_one(tiny, tmp_path):
             assert a == pytest.approx(b, rel=2e-5)
 
 
-def test_two_processes_train_in_fp4(tiny, whole, tmp_path):
-    """Each centers its own half of the batch and draws its own noise: close, not equal."""
-    script = tmp_path / "script.py"
-    script.write_text(PLAIN + "train.main(sys.argv[1:])")
-    torchrun(script, "--preset", tiny, "--out-dir", tmp_path / "run")
-    two, one = losses(tmp_path / "run"), losses(whole)
-    assert two == pytest.approx(one, abs=0.03) and two != one
+SPY = """
+def spy(draw, module):
+    def draw_seeds(n, device):
+        seeds = draw(n, device)
+        with open(f"{sys.argv[-1]}/seeds-{os.environ.get('RANK', 0)}", "a") as file:
+            file.write(" ".join(map(str, seeds.tolist())) + "\\n")
+        return seeds
+    module.draw_seeds = draw_seeds
+spy(fp4.draw_seeds, fp4)
+"""
+
+
+@pytest.fixture(scope="module")
+def two(tiny, tmp_path_factory):
+    """The folder of an fp4_mean run of 4 steps by two processes, the script that ran it, and the
+    seeds that each drew."""
+    folder = tmp_path_factory.mktemp("two")
+    code = folder / "code.py"
+    code.write_text(PLAIN + SPY + MAIN)
+    torchrun(code, "--preset", tiny, "--max-steps", 4, "--out-dir", folder)
+    return folder, [(folder / f"seeds-{rank}").read_text().splitlines() for rank in (0, 1)]
+
+
+def test_every_rank_and_every_step_draws_noise_of_its_own(two):
+    """8 linears, 4 steps; whether a rank repeats itself or the other one, a line occurs twice."""
+    seeds = [line for lines in two[1] for line in lines]
+    assert len(seeds) == 2 * 4 * 8 and len(set(seeds)) == len(seeds)
+
+
+def test_two_processes_train_as_by_hand(two, tiny):
+    """Each rank centers and rounds its half of the batch with noise of its own; gradients are
+    averaged. Only the order of FP32 sums may differ: DDP adds bucket by bucket."""
+    config, _ = run_module.parse("", ["--preset", str(tiny), "--max-steps", "4"])
+    tokens = load(config.dataset, "train")
+    config.vocab_size = 320
+    model = GPT(config, run_module.generator_for(config, "init"))
+    optimizer, got = train.make_optimizer(model, config), []
+    for step in range(4):
+        generator = run_module.generator_for(config, "data", step)
+        starts = torch.randint(tokens.windows(33), (4,), generator=generator)
+        total = 0.0
+        for rank in (0, 1):
+            torch.manual_seed(seed_for(config, "noise", step, rank))
+            x, y = train.batch(tokens, starts[2 * rank :][:2], config, "cpu")
+            loss = model(x, y) / 2
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = train.learning_rate(
+            step, config
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        got.append((total, norm.item()))
+    want = [(m["loss"], m["grad_norm"]) for m in metrics(two[0]) if "loss" in m]
+    assert np.array(got) == pytest.approx(np.array(want), rel=2e-5)
 
 
 # The command line.
@@ -346,7 +518,7 @@ def test_help_names_every_knob(capsys):
         train.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for field in dataclasses.fields(train.Config):
+    for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')} " in printed.replace("]", " ").replace(",", " ")
 
 
@@ -370,6 +542,10 @@ def test_help_names_every_knob(capsys):
         (["--n-head", "3", "--n-kv-head", "2"], "n_head 3"),
         (["--seed", "-1"], "seed -1"),
         (["--learning-rate", "-1"], "learning_rate -1"),
+        (["--learning-rate", "inf"], "learning_rate inf is not a finite number above 0"),
+        (["--norm-eps", "nan"], "norm_eps nan is not a finite number above 0"),
+        (["--weight-decay=-inf"], "weight_decay -inf is not a finite number of 0 or more"),
+        (["--added-mean", "-1"], "added_mean -1.0 is not a finite number of 0 or more"),
         (["--grad-clip", "-1"], "grad_clip -1"),
     ],
     ids=str,
@@ -380,7 +556,7 @@ def test_bad_arguments_are_named(argv, named, tiny, tmp_path):
 
 
 def test_the_command_line_goes_over_the_preset_over_the_defaults(tiny):
-    config, _ = train.parse(["--preset", str(tiny), "--batch-size", "8", "--compile"])
+    config, _ = run_module.parse("", ["--preset", str(tiny), "--batch-size", "8", "--compile"])
     assert (config.batch_size, config.compile) == (8, True)
     assert (config.dim, config.learning_rate) == (32, 0.01)
     assert (config.weight_decay, config.out_dir) == (0.1, "out/tiny-fp4_mean")
@@ -398,6 +574,8 @@ def test_a_config_json_repeats_its_run(whole, tmp_path):
         ('{"dim": 32.0}', "dim"),
         ('{"compile": 1}', "compile"),
         ('{"precision": "fp5"}', "fp5"),
+        ('{"learning_rate": NaN}', "learning_rate nan"),
+        ('{"batch_size": true}', "batch_size True"),
         ("[32]", "bad.json"),
         ("dim: 32", "bad.json"),
     ],
@@ -447,14 +625,14 @@ def test_an_out_dir_that_cannot_be_made(tiny, tmp_path):
     assert "file" in refused(run, tiny, tmp_path / "file" / "run", precision="bf16")
 
 
-@pytest.mark.parametrize("rate", ["inf", "1e16"])  # the weights, or only the loss, become nan
+@pytest.mark.parametrize("rate", ["1e38", "1e16"])  # the weights, or only the loss, become nan
 @pytest.mark.parametrize("interval", [1, 1000])
 def test_a_diverged_run_stops_and_keeps_a_good_checkpoint(rate, interval, tiny, tmp_path):
     knobs = {"precision": "bf16", "learning_rate": rate, "warmup_steps": 0}
     message = refused(run, tiny, tmp_path, **knobs, eval_interval=interval)
     assert "nan" in message and "HINT: a lower --learning-rate" in message
     assert len(losses(tmp_path)) == 1
-    model, config = sample.load_model(tmp_path)
+    model, config = load_model(tmp_path)
     x = load(config["dataset"], "val").batch([0], 33)
     assert model(x[:, :-1], x[:, 1:]).isfinite()
 
@@ -545,20 +723,32 @@ def damage(path, how):
             path.write_bytes(b"\x80\x02he.")
         case "foreign":
             torch.save({"weights": torch.ones(3)}, path)
+        case "half a state":
+            torch.save({"format": CHECKPOINT_FORMAT, "step": 3}, path)
         case "code":
-            torch.save({"format": train.CHECKPOINT_FORMAT, "step": Code(path.parent / "ran")}, path)
+            torch.save({"format": CHECKPOINT_FORMAT, "step": Code(path.parent / "ran")}, path)
         case "pickled code":
             path.write_bytes(pickle.dumps(Code(path.parent / "ran"), protocol=2))
 
 
 @pytest.mark.parametrize(
     "how",
-    ["half", "no end", "empty", "text", "broken pickle", "foreign", "code", "pickled code"],
+    [
+        "half",
+        "no end",
+        "empty",
+        "text",
+        "broken pickle",
+        "foreign",
+        "half a state",
+        "code",
+        "pickled code",
+    ],
 )
 def test_resume_refuses_what_is_no_checkpoint_and_runs_none_of_it(how, copy):
     damage(copy / "checkpoint.pt", how)
     before = files(copy)
-    assert "checkpoint.pt is" in refused(resume, copy)
+    assert "checkpoint.pt " in refused(resume, copy)
     assert files(copy) == before
 
 
@@ -573,7 +763,7 @@ def test_a_torn_last_record_does_not_stop_a_resume(copy, whole):
 
 
 def test_the_learning_rate_warms_up_and_decays():
-    config = train.Config(learning_rate=0.5, min_lr=0.1, warmup_steps=4, max_steps=24)
+    config = Config(learning_rate=0.5, min_lr=0.1, warmup_steps=4, max_steps=24)
     rates = [train.learning_rate(step, config) for step in range(25)]
     assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
     assert rates[14] == pytest.approx(0.275)
@@ -583,7 +773,7 @@ def test_the_learning_rate_warms_up_and_decays():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_decay_and_vectors_do_not(tied):
-    config = train.Config(vocab_size=64, dim=32, n_layer=1, tied=tied, weight_decay=0.3)
+    config = Config(vocab_size=64, dim=32, n_layer=1, tied=tied, weight_decay=0.3)
     model = GPT(config)
     matrices, vectors = train.make_optimizer(model, config).param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0)
@@ -614,9 +804,7 @@ def test_every_purpose_step_and_rank_has_a_seed_of_its_own():
     keys = [
         (p, s, r) for p in ("init", "data", "noise", "sample") for s in range(9) for r in (0, 1)
     ]
-    seeds = [
-        train.seed_for(train.Config(seed=seed), *key) for seed in (0, 1, 2**40) for key in keys
-    ]
+    seeds = [seed_for(Config(seed=seed), *key) for seed in (0, 1, 2**40) for key in keys]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -639,7 +827,7 @@ def test_the_seed_of_a_sample_repeats_it(whole, capsys, monkeypatch):
 
 
 def test_a_model_samples_in_another_precision(whole):
-    a, b = (sample.load_model(whole, precision=name)[0] for name in (None, "fp4"))
+    a, b = (load_model(whole, precision=name)[0] for name in (None, "fp4"))
     assert (a.config.precision, b.config.precision) == ("fp4_mean", "fp4")
     x = torch.arange(32)[None]
     assert not torch.equal(a(x), b(x))
@@ -654,17 +842,33 @@ def test_sampling_needs_a_run(tmp_path, capsys, monkeypatch):
     assert "no checkpoint" in refused(text_of, capsys, monkeypatch, "--out-dir", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "argv", ["--tokens -3", "--tokens 0", "--top-k 0", "--temperature -1", "--temperature nan",
+             "--samples 0", "--seed -1", "--device gpu"],
+)  # fmt: skip
+def test_bad_arguments_of_a_sample_are_named(argv, whole, capsys, monkeypatch):
+    assert argv.split()[0] in refused(
+        text_of, capsys, monkeypatch, "--out-dir", whole, *argv.split()
+    )
+
+
+@pytest.mark.parametrize("argv", ["--rounds 0", "--threads 0", "--preset huge", "--precisions fp5"])
+def test_bad_arguments_of_a_benchmark_are_named(argv):
+    assert argv.split()[0] in refused(lambda: script(lambda: bench.main(argv.split())))
+
+
 def test_mean_share_of_a_known_input():
     """E||x||^2 = ||mu||^2 + variance; the mean of what the linear sees holds 3/4 of the energy, and
-    with the dial, along the same direction or not, what the definition says."""
+    with a mean added, along the same direction or not, what the definition says."""
     x = torch.randn(64, 32)
     x = (x - x.mean(0)) / x.std(0, unbiased=False) + 3**0.5
-    for bias in (0.0, 2.0):
-        linear = fp4.FP4Linear(32, 16, False, mean_bias=bias)
+    for added in (0.0, 2.0):
+        recipe = recipe_of("fp4", added)
+        linear = fp4.FP4Linear(32, 16, False, recipe)
         model = torch.nn.Sequential(torch.nn.Embedding.from_pretrained(x), linear)
-        mean = x.mean(0) + (2 * 2 * linear.direction if bias else 0)  # the RMS is 2
+        mean = x.mean(0) + (recipe.mean(x) if added else 0)
         want = mean.square().sum() / (mean.square().sum() + 32)
-        got = train.mean_share(model, torch.arange(64).view(4, 16))
+        got = train.mean_share(model, torch.arange(64).view(4, 16), Config())
         assert got == pytest.approx(want.item(), rel=1e-5)
         assert not linear._forward_pre_hooks
     assert want > 0.8
@@ -673,7 +877,7 @@ def test_mean_share_of_a_known_input():
 def test_keep(tiny, tmp_path):
     """Every evaluation's checkpoint stays, and the last is checkpoint.pt."""
     main("--preset", tiny, "--out-dir", tmp_path, "--keep", "--precision", "bf16")
-    kept = {int(p.stem[5:]): train.read_checkpoint(p) for p in tmp_path.glob("step-*.pt")}
+    kept = {int(p.stem[5:]): read_checkpoint(p) for p in tmp_path.glob("step-*.pt")}
     assert sorted(kept) == [0, 4, 8, 10] and all(s["step"] == step for step, s in kept.items())
     assert (tmp_path / "step-10.pt").read_bytes() == (tmp_path / "checkpoint.pt").read_bytes()
 
@@ -681,9 +885,9 @@ def test_keep(tiny, tmp_path):
 def test_keep_means_evaluations_and_the_share_a_micro_step(tiny, tmp_path, monkeypatch):
     """Ctrl-C saves checkpoint.pt alone; the share is measured on what fits: a micro-step."""
     stopped = process(SIGNAL.format("SIGINT"), "--preset", tiny, "--out-dir", tmp_path, "--keep")
-    assert stopped.returncode == 0 and train.read_checkpoint(tmp_path / "checkpoint.pt")["step"] > 4
+    assert stopped.returncode == 0 and read_checkpoint(tmp_path / "checkpoint.pt")["step"] > 4
     assert sorted(p.name for p in tmp_path.glob("step-*.pt")) == ["step-0.pt", "step-4.pt"]
     shapes = []
-    monkeypatch.setattr(train, "mean_share", lambda _, tokens: shapes.append(tokens.shape) or 0.0)
+    monkeypatch.setattr(train, "mean_share", lambda _, ids, __: shapes.append(ids.shape) or 0.0)
     run(tiny, tmp_path / "micro", precision="bf16", grad_accum=2, max_steps=1)
     assert set(shapes) == {(2, 32)}
