@@ -181,7 +181,7 @@ def draw_mean_share(stages):
         for i, stage in enumerate(stages, 1):
             shares = [stage["linears"][name]["X"]["mean_share"] for name in mine]
             shade = BLUE, 0.15 + 0.85 * i / len(stages)
-            ax.plot(shares, "o-", ms=4, color=shade, label=stage["name"].replace("-", " "))
+            ax.plot(shares, "o-", ms=4, color=shade, label=stage["name"].replace("step-", "step "))
         ax.set(title=kind, ylim=(0, None), xticks=range(len(mine)))
     axes[0].set(ylabel="mean's share of the energy")
     axes[-1].legend(frameon=False)
