@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        raise UserError(f"{message} HINT: python {sys.argv[0]} --help")
+        raise UserError(f"{message}. HINT: python {sys.argv[0]} --help")
 
 
 def is_a(value, kind):

@@ -58,8 +58,8 @@ def _tile(x, block):
 
 @_fusible
 def _block_amax(x, block):
-    """Of each block the largest magnitude, NaN if it holds one, and the largest that is no NaN, both
-    with a block's axes kept."""
+    """Of each block the largest magnitude, NaN if it holds one, and the largest that is no NaN. The
+    axes of a block are kept."""
     a, axes = _tile(x, block).abs(), BLOCKS[block]
     number = torch.where(a == a, a, 0.0)  # isnan is not vectorized, and five times slower
     return a.amax(axes, keepdim=True), number.amax(axes, keepdim=True)

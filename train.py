@@ -79,9 +79,7 @@ def make_optimizer(model, config):
 
 @torch.no_grad()
 def evaluate(model, tokens, config, world):
-    """Mean loss in nats over fixed windows, in batches of the training size, with rounding noise of
-    its own."""
-    torch.manual_seed(seed_for(config, "evaluation", 0, world.rank))
+    """Mean loss in nats over fixed windows, in batches of the training size."""
     starts = tokens.spaced(config.eval_windows, config.block_size + 1)
     total = torch.zeros((), device=world.device)
     for chunk in starts.split(max(config.batch_size // config.grad_accum, world.size)):
@@ -92,7 +90,7 @@ def evaluate(model, tokens, config, world):
 
 
 @torch.no_grad()
-def mean_share(model, ids, config):
+def mean_share(model, ids):
     """fp4.mean_share of what FP4Linears round, a mean over them; ids (B, T)."""
     shares = []
 
@@ -102,7 +100,6 @@ def mean_share(model, ids, config):
 
     layers = [m for m in model.modules() if isinstance(m, fp4.FP4Linear)]
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
-    torch.manual_seed(seed_for(config, "evaluation"))
     model(ids)
     for hook in hooks:
         hook.remove()
@@ -248,6 +245,7 @@ def train(config, resume, world):
         last = step >= config.max_steps
         due = not stop and (last or step % config.eval_interval == 0)
         if due:
+            torch.manual_seed(seed_for(config, "evaluation", 0, world.rank))  # for rounding noise
             val_loss = evaluate(model, val_tokens, config, world)
             if not math.isfinite(val_loss):
                 raise diverged(f"val loss {val_loss}")
@@ -262,7 +260,7 @@ def train(config, resume, world):
             if config.keep and due:
                 shutil.copy(out / "checkpoint.pt", out / f"step-{step}.pt")
         if due:
-            share = mean_share(model, share_ids, config)
+            share = mean_share(model, share_ids)
             log(step=step, val_loss=val_loss, mean_share=share)
             world.print(f"step {step:6d}  val loss {val_loss:.4f}  mean share {share:.3f}")
         if stop or last:

@@ -26,12 +26,12 @@ CHOICES = {
 class Variant:
     """A recipe: what is split off X and D before they are rounded, and what becomes of that part.
 
-    X = left mu + R and D = left nu + S; for a mean, left is a column of ones. ValueError for
+    X = left μ + R and D = left ν + S; for a mean, left is a column of ones. ValueError for
     choices that make no sense together."""
 
     split: str = "mean"  # none, mean, or svd: the leading singular direction
     split_grad: bool = True  # of X and D; else of X alone
-    mean_format: str = "fp32"  # of mu and nu: fp32, bf16, nvfp4 (mu to nearest) or nvfp4_sr
+    mean_format: str = "fp32"  # of μ and ν: fp32, bf16, nvfp4 (μ to nearest) or nvfp4_sr
     round_mean_weight: bool = False  # multiply them with the rounded W instead of W
     cross_terms: bool = False  # wgrad's mixed terms; zero for means before rounding, noise after
     hadamard: bool = False  # rotate both operands of wgrad along tokens first
@@ -142,7 +142,7 @@ class _LinearVariant(torch.autograd.Function):
         else:
             w_q = w_t = f.quantize_weight(w)
 
-        # ------------ fprop: Y (T, n) = left (mu Wᵀ) + R~ W~ᵀ ------------
+        # ------------ fprop: Y (T, n) = left (μ Wᵀ) + R~ W~ᵀ ------------
         row = None
         if mu is not None:
             mu = _round_mean(mu, variant, seeds[2] if noisy_mean else None)
@@ -167,7 +167,7 @@ class _LinearVariant(torch.autograd.Function):
         left, nu, s, s_t = _split_quantize(d, variant, split, need_dx, need_dw, seeds[:2])
         nu = None if nu is None else _round_mean(nu, variant, seeds[2])
 
-        # ------------ dgrad: dX (T, m) = left (nu W) + S~ W~ ------------
+        # ------------ dgrad: dX (T, m) = left (ν W) + S~ W~ ------------
         if need_dx:
             w_t = NVFP4(*w_t, ctx.block, d.shape[1], codes_t)
             row = None
@@ -175,7 +175,7 @@ class _LinearVariant(torch.autograd.Function):
                 row = nu @ (w_t.dequantize() if variant.round_mean_weight else w.float())
             dx = f.gemm(s, w_t, d.dtype, left, row)
 
-        # ------------ wgrad: dW (n, m) = nuᵀ (left_dᵀ left_x) mu + S~ᵀ R~ ------------
+        # ------------ wgrad: dW (n, m) = νᵀ (left_dᵀ left_x) μ + S~ᵀ R~ ------------
         if need_dw:
             r_t, outer = NVFP4(r_codes, r_scales, r_scale, (16, 1), ctx.rows), None
             if nu is not None:
@@ -183,7 +183,7 @@ class _LinearVariant(torch.autograd.Function):
             elif mu is not None:
                 outer = d.float().t() @ left_x
             dw = f.gemm(s_t.t(), r_t, mu.dtype if variant.cross_terms else ctx.dtype, outer, mu)
-            if variant.cross_terms:  # nuᵀ (left_dᵀ R~) + (S~ᵀ left_x) mu
+            if variant.cross_terms:  # νᵀ (left_dᵀ R~) + (S~ᵀ left_x) μ
                 dw.addmm_(nu.t(), left.t() @ r_t.dequantize())
                 dw = dw.addmm_(s_t.t().dequantize() @ left_x, mu).to(ctx.dtype)
         return dx, dw, None

@@ -392,11 +392,11 @@ def test_convert_takes_names_as_they_are():
 def test_convert_leaves_hooks_modes_and_shared_modules():
     model, calls = network(), []
     model["twice"] = torch.nn.Sequential(model.free)
-    model["head_again"] = torch.nn.Sequential(model.lm_head)
+    model = torch.nn.ModuleDict({"alias": torch.nn.Sequential(model.lm_head), **model})
     model.free.register_forward_hook(lambda *_: calls.append("hook"))
     fp4.convert(model.eval(), "fp4")
     assert model.twice[0] is model.free and type(model.free) is fp4.FP4Linear
-    assert type(model.head_again[0]) is torch.nn.Linear  # the module that lm_head keeps
+    assert type(model.alias[0]) is torch.nn.Linear  # what lm_head names, and keeps
     assert not any(m.training for m in model.modules())
     model.twice(torch.randn(4, 32))
     assert calls == ["hook"]

@@ -868,7 +868,7 @@ def test_mean_share_of_a_known_input():
         model = torch.nn.Sequential(torch.nn.Embedding.from_pretrained(x), linear)
         mean = x.mean(0) + (recipe.mean(x) if added else 0)
         want = mean.square().sum() / (mean.square().sum() + 32)
-        got = train.mean_share(model, torch.arange(64).view(4, 16), Config())
+        got = train.mean_share(model, torch.arange(64).view(4, 16))
         assert got == pytest.approx(want.item(), rel=1e-5)
         assert not linear._forward_pre_hooks
     assert want > 0.8
@@ -888,6 +888,6 @@ def test_keep_means_evaluations_and_the_share_a_micro_step(tiny, tmp_path, monke
     assert stopped.returncode == 0 and read_checkpoint(tmp_path / "checkpoint.pt")["step"] > 4
     assert sorted(p.name for p in tmp_path.glob("step-*.pt")) == ["step-0.pt", "step-4.pt"]
     shapes = []
-    monkeypatch.setattr(train, "mean_share", lambda _, ids, __: shapes.append(ids.shape) or 0.0)
+    monkeypatch.setattr(train, "mean_share", lambda _, ids: shapes.append(ids.shape) or 0.0)
     run(tiny, tmp_path / "micro", precision="bf16", grad_accum=2, max_steps=1)
     assert set(shapes) == {(2, 32)}
