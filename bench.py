@@ -89,7 +89,8 @@ def kernel_table(device):
     if device.type != "cuda":
         print("kernels: not measured, for want of a CUDA GPU")
         return
-    from kernels import along, backend, center_quantize, gemm_cublas, gemm_fused, quantize_weight
+    from gemm import along, backend, gemm_cublas, gemm_fused
+    from kernels import center_quantize, quantize_weight
     from kernels import round_residual as round_
     from kernels import statistics as stats
 
@@ -193,6 +194,7 @@ def compiled(arch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
+    import gemm
     import kernels
 
     class Driver:
@@ -220,15 +222,15 @@ def compiled(arch):
         "stochastic": lambda: kernels.center_quantize(x, True, seeds=seeds),
         "FP32": lambda: kernels.center_quantize(x.float(), False, seeds=seeds),
         "weight": lambda: kernels.quantize_weight(torch.zeros(1024, 1024)),
-        "fprop": lambda: kernels.gemm_fused(a, a_s, w, w_s, *args, x.dtype),
-        "dgrad": lambda: kernels.gemm_fused(a, a_s, w_t, w_s.t(), *args, x.dtype),
-        "wgrad": lambda: kernels.gemm_fused(a_t, a_ts, a_t, a_ts, one, one, row, row, row.dtype),
+        "fprop": lambda: gemm.gemm_fused(a, a_s, w, w_s, *args, x.dtype),
+        "dgrad": lambda: gemm.gemm_fused(a, a_s, w_t, w_s.t(), *args, x.dtype),
+        "wgrad": lambda: gemm.gemm_fused(a_t, a_ts, a_t, a_ts, one, one, row, row, row.dtype),
         "odd": lambda: kernels.center_quantize(odd, True, seeds=seeds, headroom=True),
-        "odd_gemm": lambda: kernels.gemm_fused(
+        "odd_gemm": lambda: gemm.gemm_fused(
             byte(33, 40), byte(33, 5), byte(48, 40), byte(3, 5), one, one, None, None, x.dtype
         ),
-        "rows": lambda: kernels.decode(a, a_s),
-        "columns": lambda: kernels.decode(a_t, a_ts),
+        "rows": lambda: gemm.decode(a, a_s),
+        "columns": lambda: gemm.decode(a_t, a_ts),
     }
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = warm_up

@@ -10,8 +10,9 @@ magnitude:
 
     s = E4M3(block amax * S_enc / 6)      q = E2M1(x * S_enc / s)      x~ = q * s * amax / 2688
 
-All is plain PyTorch, on any device, in three passes over memory: `_block_amax`, `_block_scales` (on
-blocks, so 1/16 of a pass) and `_encode`. `fuse` compiles them for a CPU.
+All is plain PyTorch, on any device. Rounding passes over memory three times: `_block_amax`,
+`_block_scales` (on blocks, so 1/16 of a pass) and `_encode`; going back is `_decode`. `fuse`
+compiles these four for a CPU.
 """
 
 import dataclasses
@@ -130,6 +131,7 @@ def _encode(x, inverse, block, key):
     return torch.where(negative, code + 8, code).to(torch.uint8)
 
 
+@_fusible
 def _decode(codes, scale, block):
     """Codes (R, C), one a byte, times block scales, in blocks, FP32. The inverse of the three lines
     is max(c/2, c - 2, 2c - 8)."""

@@ -79,7 +79,9 @@ def make_optimizer(model, config):
 
 @torch.no_grad()
 def evaluate(model, tokens, config, world):
-    """Mean loss in nats over fixed windows, in batches of the training size."""
+    """Mean loss in nats over fixed windows, in batches of the training size, with rounding noise of
+    its own."""
+    torch.manual_seed(seed_for(config, "evaluation", 0, world.rank))
     starts = tokens.spaced(config.eval_windows, config.block_size + 1)
     total = torch.zeros((), device=world.device)
     for chunk in starts.split(max(config.batch_size // config.grad_accum, world.size)):
@@ -245,7 +247,6 @@ def train(config, resume, world):
         last = step >= config.max_steps
         due = not stop and (last or step % config.eval_interval == 0)
         if due:
-            torch.manual_seed(seed_for(config, "evaluation", 0, world.rank))  # for rounding noise
             val_loss = evaluate(model, val_tokens, config, world)
             if not math.isfinite(val_loss):
                 raise diverged(f"val loss {val_loss}")

@@ -11,11 +11,14 @@ a directory of them:
 bytes_per_token turns a loss into bits per byte; it is null where the text itself is not at hand.
 """
 
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +221,12 @@ def prepare_if_missing(dataset):
     if done.returncode:
         error = done.stderr.strip().removeprefix("error: ")
         raise DataError(error or f"{script} failed: status {done.returncode}")
+
+
+UNREADABLE = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)  # by `open_text`
+
+
+def open_text(path):
+    """A UTF-8 file to read, decompressed if it ends in .gz or .xz; a byte-order mark is no text."""
+    opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    return opened(path, "rt", encoding="utf-8-sig")

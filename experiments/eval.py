@@ -38,8 +38,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fp4
 from cli import Parser, number, script
-from data.shards import DataError, load
-from data.text.prepare import BROKEN, OPEN
+from data.shards import UNREADABLE, DataError, load, open_text
 from data.vocab import EOT, get_encoding
 from experiments.recipes import RECIPES
 from experiments.report import markdown
@@ -64,11 +63,11 @@ def read_jsonl(path, pick):
                 files = [m for m in tar if m.name.endswith(".jsonl")]
                 texts = [tar.extractfile(m).read().decode("utf-8-sig") for m in files]
         else:
-            with OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
+            with open_text(path) as file:
                 texts = [file.read()]
         lines = [line for text in texts for line in text.split("\n") if line]  # U+2028 is no end
         records = [pick(json.loads(line)) for line in lines]
-    except (*BROKEN, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+    except (*UNREADABLE, tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"cannot read {path}: {type(error).__name__} {error}") from None
     if not records:
         raise DataError(f"nothing in {path}: no .jsonl file, or empty ones")

@@ -12,6 +12,8 @@ import torch
 import fp4
 from experiments import recipes
 
+torch.set_num_threads(1)  # of each of pytest's processes, and of what they start
+os.environ["OMP_NUM_THREADS"] = "1"
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     for module in ("kernels", "triton.experimental.gluon"):  # the first launch imports the second

@@ -22,6 +22,7 @@ from experiments.recipes import RECIPES
 from model import GPT, ModelConfig
 
 kernels = pytest.importorskip("kernels", reason="kernels.py needs Triton")
+gemm = pytest.importorskip("gemm")
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -244,11 +245,12 @@ def nvfp4_of(rows, cols, block, seed):
 
 
 @pytest.mark.parametrize(
-    "variant", [kernels.gemm_fused, pytest.param(kernels.gemm_cublas, marks=needs_gpu)]
+    "variant", [gemm.gemm_fused, pytest.param(gemm.gemm_cublas, marks=needs_gpu)]
 )
-@pytest.mark.parametrize("rank_one", [False, True], ids=["", "rank one"])
 @pytest.mark.parametrize(
-    "tokens,m,n", [(1, 16, 16), (33, 80, 48), (130, 144, 272), (1100, 16, 144)]
+    "tokens,m,n,rank_one",
+    [(*shape, mean) for shape in ((1, 16, 16), (33, 80, 48), (130, 144, 272)) for mean in (0, 1)]
+    + [(1100, 16, 144, 1)],  # more tiles than a group has; a minute, so once
 )
 def test_gemm(tokens, m, n, rank_one, variant):
     (x, xv), (w, wv) = nvfp4_of(tokens, m, (1, 16), 1), nvfp4_of(n, m, (16, 16), 2)
@@ -260,7 +262,7 @@ def test_gemm(tokens, m, n, rank_one, variant):
         (dt.t(), xt, dtv.t(), xtv),
     ):
         left, right = torch.randn(len(p)), torch.randn(q.shape[1])
-        args = *kernels.along(a, 1), *kernels.along(b, 0), a.tensor_scale, b.tensor_scale
+        args = *gemm.along(a, 1), *gemm.along(b, 0), a.tensor_scale, b.tensor_scale
         part = (left.to(DEVICE), right.to(DEVICE)) if rank_one else (None, None)
         want, size = p @ q, p.abs() @ q.abs()
         if rank_one:
@@ -271,7 +273,7 @@ def test_gemm(tokens, m, n, rank_one, variant):
         # truncate sums where FP32 units round
         bound = (p.shape[1] + 4) * 2.0 ** (-24 if DEVICE.type == "cpu" else -22)
         assert ((got.double().cpu() - want).abs() <= bound * size).all()
-        if variant is kernels.gemm_fused:
+        if variant is gemm.gemm_fused:
             same(variant(*args, *part, torch.bfloat16), got.bfloat16())
 
 
@@ -294,8 +296,8 @@ def test_decode_every_code_and_scale():
     codes = torch.arange(256, dtype=torch.uint8).repeat(256, 8)  # (256, 2048)
     scales = torch.arange(128, dtype=torch.uint8).repeat_interleave(2)[:, None].expand(256, 256)
     q = fp4.NVFP4(codes, scales.view(torch.float8_e4m3fn), torch.ones(()), (1, 16), 256)
-    same(kernels.decode(codes.to(DEVICE), scales.contiguous().to(DEVICE)), q.values())
-    turned = kernels.decode(codes.t().contiguous().t().to(DEVICE), scales.to(DEVICE))
+    same(gemm.decode(codes.to(DEVICE), scales.contiguous().to(DEVICE)), q.values())
+    turned = gemm.decode(codes.t().contiguous().t().to(DEVICE), scales.to(DEVICE))
     same(turned, q.values())
     assert turned.stride() == (1, 256)  # the order of its codes
 
@@ -309,7 +311,7 @@ def test_bf16_rounding():
     zero = torch.zeros(len(right), 8, dtype=torch.uint8, device=DEVICE)
     unit = torch.ones((), device=DEVICE)
     args = zero[:1], zero[:1, :1], zero, zero[:, :1].contiguous(), unit, unit, unit[None], right
-    same(kernels.gemm_fused(*args, torch.bfloat16)[0], right.bfloat16())
+    same(gemm.gemm_fused(*args, torch.bfloat16)[0], right.bfloat16())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -409,9 +411,9 @@ def test_operators_are_registered_right():
         kernels.quantize_weight_op, (matrix(32, 48).to(DEVICE),), test_utils=checks
     )
     (a, _), (b, _) = nvfp4_of(20, 32, (16, 1), 0), nvfp4_of(20, 48, (16, 1), 1)
-    parts = *kernels.along(a, 0), *kernels.along(b, 0)
+    parts = *gemm.along(a, 0), *gemm.along(b, 0)
     args = *parts, a.tensor_scale, b.tensor_scale, None, None, torch.bfloat16
-    torch.library.opcheck(kernels.gemm_op, args, test_utils=checks)
+    torch.library.opcheck(gemm.gemm_op, args, test_utils=checks)
 
 
 def test_model_step(on_kernels, monkeypatch):

@@ -436,6 +436,11 @@ def test_fused_passes_give_the_same_bits():
     assert added == 0  # or every weight shape costs seconds, until torch.compile gives up
 
 
+def test_all_that_passes_over_a_tensor_is_fused():
+    fusible = {name for name, f in vars(nvfp4).items() if hasattr(f, "__wrapped__")}
+    assert fusible - {"quantize"} == {"_block_amax", "_block_scales", "_encode", "_decode"}
+
+
 def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before helps
     monkeypatch.setenv("CXX", "/nonexistent")

@@ -5,21 +5,15 @@ Files ending in .gz and .xz are decompressed. A file is a document, or several w
 if one ends near that place.
 """
 
-import gzip
-import lzma
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cli import Parser, script
-from data.shards import DataError, write_dataset
+from data.shards import UNREADABLE, DataError, open_text, write_dataset
 from data.vocab import EOT, TOKENIZERS, encode, get_encoding
-
-OPEN = {".gz": gzip.open, ".xz": lzma.open}
-BROKEN = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
 
 
 def pieces(paths):
@@ -27,11 +21,11 @@ def pieces(paths):
     for path in paths:
         piece = ""
         try:
-            with OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
+            with open_text(path) as file:
                 while lines := file.readlines(1 << 20):
                     piece = "".join(lines)
                     yield piece
-        except BROKEN as error:
+        except UNREADABLE as error:
             raise DataError(f"cannot read {path}: {error}") from error
         if not piece.rstrip().endswith(EOT):
             yield EOT
