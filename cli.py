@@ -2,8 +2,10 @@
 
 import argparse
 import io
+import json
 import math
 import sys
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -35,6 +37,17 @@ def why_not(value, low=None):
     if value < math.inf and (value > 0 if low is None else value >= low):
         return None
     return f"is not a finite number {'above 0' if low is None else f'of {low} or more'}"
+
+
+def read_json(path):
+    """A JSON object as a dict; UserError if there is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return values
 
 
 def number(kind, low=None):

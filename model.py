@@ -1,12 +1,14 @@
 """A Qwen3-style decoder whose block linears are FP4Linear; all else stays in high precision.
 
 Pre-norm blocks of grouped-query attention (RMSNorm on queries and keys, rotary positions) and a
-SwiGLU feed-forward layer, no biases: Qwen3 (arXiv 2505.09388), with the logits of transformers'
-Qwen3ForCausalLM for equal weights. Queries, keys and values come from one linear, gate and up from
-another, so that each input is quantized once.
+SwiGLU feed-forward layer, no biases: Qwen3 (arXiv 2505.09388). Without qk_norm it is Llama, with
+qkv_bias on top Qwen2; for equal weights transformers' model of that name has the same logits.
+Queries, keys and values come from one linear, gate and up from another, so that each input is
+quantized once.
 """
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,10 @@ class ModelConfig:
     ffn_dim: int = knob(768, "hidden features of the feed-forward layer; a multiple of 16")
     tied: bool = knob(True, "the head shares the embedding's weight")
     rope_theta: float = knob(10000.0, "base of the rotary frequencies")
+    rope_factor: float = knob(1.0, "Llama 3's stretching of slow rotary frequencies; 1: none")
     norm_eps: float = knob(1e-6, "epsilon of the RMS norms")
+    qk_norm: bool = knob(True, "RMS norms on queries and keys, as in Qwen3 but not in Llama")
+    qkv_bias: bool = knob(False, "biases on queries, keys and values, as in Qwen2")
 
     def check(self):
         """UserError, naming the field, for a config that cannot work."""
@@ -84,10 +89,11 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.n_head, config.n_kv_head, config.n_kv_head
         self.head_dim, self.window = config.head_dim, config.block_size
-        self.qkv = FP4Linear(config.dim, sum(self.heads) * self.head_dim, False, recipe)
+        self.qkv = FP4Linear(config.dim, sum(self.heads) * self.head_dim, config.qkv_bias, recipe)
         self.out = FP4Linear(config.n_head * self.head_dim, config.dim, False, recipe)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+        for name in ("q_norm", "k_norm"):
+            norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+            self.add_module(name, norm)
 
     def forward(self, x, cos, sin, cache):  # x (B, T, dim)
         batch, time, _ = x.shape
@@ -153,12 +159,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """Normal, std .02; for what writes to the residual stream .02 / sqrt(2 n_layer) (GPT-2)."""
+        """Normal, std .02; for what writes to the residual stream .02 / sqrt(2 n_layer) (GPT-2).
+        Biases are zero."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 writes = name.endswith(("attention.out.weight", "ffn.down.weight"))
                 scale = (2 * self.config.n_layer) ** -0.5 if writes else 1.0
                 p.normal_(0.0, 0.02 * scale, generator=generator)
+            elif name.endswith("bias"):
+                p.zero_()
 
     def forward(self, tokens, targets=None, cache=None, start=0):
         """Logits, or with targets (B, T) the mean cross-entropy in nats. cache: n_layer lists,
@@ -174,9 +183,13 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def rope(self, start, time, device):
-        half = torch.arange(0, self.config.head_dim, 2, device=device) / self.config.head_dim
-        position = torch.arange(start, start + time, device=device)
-        angle = position[:, None] * self.config.rope_theta**-half
+        c = self.config
+        frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device) / c.head_dim)
+        if c.rope_factor != 1:  # as every Llama 3.x: whole above 4 turns in 8192 tokens, a
+            turns = 8192 * frequency / (2 * math.pi)  # factor-th below one, in between a mixture
+            whole = ((turns - 1) / 3).clamp(0, 1)
+            frequency = frequency * (whole + (1 - whole) / c.rope_factor)
+        angle = torch.arange(start, start + time, device=device)[:, None] * frequency
         return angle.cos(), angle.sin()
 
     def flops_per_token(self):

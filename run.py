@@ -6,7 +6,6 @@ a function of (seed, purpose, step, rank) alone.
 
 import argparse
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cli import Parser, UserError, is_a
+from cli import Parser, UserError, is_a, read_json
 from data.shards import load
 from data.vocab import get_encoding
 from model import GPT, ModelConfig, knob
@@ -85,17 +84,6 @@ def parse(doc, argv):
     config.out_dir = config.out_dir or f"out/{path.stem}-{config.precision}"
     config.check()
     return config, resume
-
-
-def read_json(path):
-    """A JSON object as a dict; UserError if there is none."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return values
 
 
 def read_config(path):
@@ -210,9 +198,8 @@ def load_model(path, device="cpu", precision=None):
     evaluation mode, and the run's config as a dict."""
     path = Path(path)
     state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
-    config = ModelConfig(
-        **{f.name: state["config"][f.name] for f in dataclasses.fields(ModelConfig)}
-    )
+    own = {f.name for f in dataclasses.fields(ModelConfig)}  # an older run has fewer
+    config = ModelConfig(**{k: v for k, v in state["config"].items() if k in own})
     config.precision = precision or config.precision
     model = GPT(config).to(device)
     model.load_state_dict(state["model"])
