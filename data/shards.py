@@ -1,8 +1,9 @@
 """Tokens on disk: the one shard format, its writer and its reader.
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros)
-and then that many little-endian uint16 tokens: the format of llm.c and modded-nanogpt. A dataset is
-a directory of them:
+and then that many little-endian uint16 tokens: the format of llm.c and modded-nanogpt. For
+vocabularies of more than 65,536 it is llm.c's other one: magic 20240801, version 7, uint32 tokens.
+A dataset is a directory of shards:
 
     data/<name>/train_000.bin ...   val_000.bin ...
     data/<name>/meta.json           {"tokenizer": "plays", "vocab_size": 4096,
@@ -26,7 +27,7 @@ import torch
 
 from cli import UserError, why_not
 
-MAGIC, VERSION = 20240520, 1
+FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # of a magic number
 HEADER_BYTES = 256 * 4
 SHARD_TOKENS = 100_000_000  # the count in the header is an int32
 DATA = Path(__file__).resolve().parent
@@ -46,12 +47,14 @@ def hint(directory):
 
 
 def write_shard(path, tokens):
-    """Write tokens (N,) uint16 as one shard. Not atomic: see write_dataset."""
+    """Write tokens (N,), uint32 or else what uint16 can hold. Not atomic: see write_dataset."""
+    magic = 20240801 if np.asarray(tokens).dtype == np.uint32 else 20240520
+    version, dtype = FORMATS[magic]
     header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
+    header[:3] = magic, version, len(tokens)
     with open(path, "wb") as file:
         file.write(header.tobytes())
-        file.write(np.ascontiguousarray(tokens, "<u2"))  # tofile hides why a disk refused
+        file.write(np.ascontiguousarray(tokens, dtype))  # tofile hides why a disk refused
 
 
 def write_meta(directory, tokenizer, vocab_size, bytes_per_token):
@@ -76,8 +79,8 @@ def read_meta(directory):
         ratios = {} if ratios is None else ratios
         if not isinstance(tokenizer, str):
             raise ValueError(f"tokenizer {tokenizer!r} is not a name")
-        if type(size) is not int or not 0 < size <= 2**16:
-            raise ValueError(f"vocab_size {size!r} is not an int up to 65536")
+        if type(size) is not int or not 0 < size <= 2**32:
+            raise ValueError(f"vocab_size {size!r} is not an int up to 2**32")
         numbers = ratios.values() if isinstance(ratios, dict) else [None]
         if any(type(ratio) not in (int, float) or why_not(ratio, 0) for ratio in numbers):
             raise ValueError(f"bytes_per_token {ratios!r} is not a number for each split")
@@ -89,7 +92,7 @@ def read_meta(directory):
 def write_dataset(directory, encoding, splits, shard_tokens=SHARD_TOKENS):
     """Write a dataset and print its sizes; a failure leaves what was there before.
 
-    encoding: tiktoken.Encoding; splits: {"train": (N,) uint16, "val": (M,) uint16}.
+    encoding: see data/vocab.py; splits: {"train": (N,), "val": (M,)}, both uint16 or both uint32.
     DataError if a split has no tokens.
     """
     directory = Path(directory)
@@ -114,20 +117,26 @@ def write_dataset(directory, encoding, splits, shard_tokens=SHARD_TOKENS):
                 old.unlink()
         for new in Path(temporary).glob("*.bin"):
             os.replace(new, directory / new.name)
-    write_meta(directory, encoding.name, encoding.n_vocab, bytes_per_token)
+    exact = getattr(encoding, "byte_level", True)  # else a piece's bytes are not the text's
+    write_meta(directory, encoding.name, encoding.n_vocab, bytes_per_token if exact else None)
     for split, tokens in splits.items():
-        print(f"{split:5} {len(tokens):12,} tokens, {bytes_per_token[split]:.3f} bytes per token")
+        ratio = f", {bytes_per_token[split]:.3f} bytes per token" if exact else ""
+        print(f"{split:5} {len(tokens):12,} tokens{ratio}")
+    print(f"wrote {directory}")
 
 
-def token_count(path):
-    """The number of tokens that a shard's header promises; DataError if this is no such header."""
+def read_header(path):
+    """(number of tokens, their dtype) by a shard's header; DataError if this is no such header."""
     with open(path, "rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
-    if header[0] != MAGIC:
-        raise DataError(f"{path} is no token shard: magic {header[0]}, not {MAGIC}")
-    if header[1] != VERSION:
-        raise DataError(f"{path} has shard version {header[1]}, not {VERSION}")
-    return int(header[2])
+    magic, version, count = header[:3].tolist()
+    if magic not in FORMATS:
+        known = " or ".join(map(str, FORMATS))
+        raise DataError(f"{path} is no token shard: magic {magic}, not {known}")
+    due, dtype = FORMATS[magic]
+    if version != due:
+        raise DataError(f"{path} has shard version {version}, not {due}")
+    return count, dtype
 
 
 class Tokens:
@@ -148,15 +157,15 @@ class Tokens:
 
     def _map(self, path):
         try:
-            due = HEADER_BYTES + 2 * token_count(path)
+            count, dtype = read_header(path)
         except DataError as error:
             raise DataError(f"{error}\n{hint(self.directory)}") from None
-        size = path.stat().st_size
+        size, due = path.stat().st_size, HEADER_BYTES + dtype.itemsize * count
         if size != due:
             fault = "truncated" if size < due else "too long"
             sizes = f"{size} bytes, {due} by its header"
             raise DataError(f"{path} is {fault}: {sizes}\n{hint(self.directory)}")
-        return np.memmap(path, "<u2", mode="r")[HEADER_BYTES // 2 :]
+        return np.memmap(path, dtype, mode="r")[HEADER_BYTES // dtype.itemsize :]
 
     def __len__(self):
         return sum(len(shard) for shard in self.shards)

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cli import script
 from data import shards, vocab
@@ -147,6 +149,42 @@ def test_token_beyond_the_vocabulary(dataset):
         tokens.batch([0, 10], 2)
 
 
+class Wide:
+    """A tokenizer of 70,000 ids: a character is its code point."""
+
+    name, n_vocab, eot_token = "wide", 70_000, 69_999
+
+    def encode_to_numpy(self, text, allowed_special):
+        return np.array([ord(c) for c in text])
+
+    def decode_single_token_bytes(self, token):
+        return chr(token).encode(errors="surrogatepass")
+
+
+def test_a_large_vocabulary_is_llm_c_s_second_format(tmp_path):
+    tokens = encode(Wide(), ["a", chr(65_535), chr(65_536), chr(69_998), chr(69_999)])
+    assert tokens.dtype == np.uint32
+    write_dataset(tmp_path, Wide(), {"train": tokens, "val": tokens[:2]}, shard_tokens=4)
+    raw = (tmp_path / "train_000.bin").read_bytes()
+    header = np.frombuffer(raw[:1024], "<i4")
+    assert header[:3].tolist() == [20240801, 7, 4] and not header[3:].any()
+    assert np.frombuffer(raw[1024:], "<u4").tolist() == [97, 65_535, 65_536, 69_998]
+    read = Tokens(tmp_path, "train")
+    assert read.vocab_size == 70_000 and len(read) == 5
+    assert all(isinstance(shard, np.memmap) for shard in read.shards)
+    assert read.batch([0, 1], 3).tolist() == [[97, 65_535, 65_536], [65_535, 65_536, 69_998]]
+    assert read.bytes_per_token == (1 + 3 + 4 + 4 + 0) / 5  # UTF-8; the last is the separator
+    cut(tmp_path / "train_000.bin")
+    with pytest.raises(DataError, match=r"truncated: 1039 bytes, 1040 by its header\nHINT"):
+        Tokens(tmp_path, "train")
+
+
+def test_the_largest_vocabulary_of_uint16(tmp_path, monkeypatch):
+    monkeypatch.setattr(Wide, "n_vocab", 2**16)
+    assert encode(Wide(), [chr(65_535)]).tolist() == [65_535]
+    assert encode(Wide(), [chr(65_535)]).dtype == np.uint16
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -168,14 +206,19 @@ def other_version(path):
     path.write_bytes(raw[:4] + b"\2" + raw[5:])
 
 
+def other_format(path):
+    path.write_bytes(np.array(20240801, "<i4").tobytes() + path.read_bytes()[4:])
+
+
 @pytest.mark.parametrize(
     "harm, message",
     [
         (cut, "truncated: 1043 bytes, 1044 by its header"),
-        (cut_to_nothing, "no token shard: magic 0, not 20240520"),
+        (cut_to_nothing, "no token shard: magic 0, not 20240520 or 20240801"),
         (lengthen, "too long: 1046 bytes, 1044 by its header"),
         (foreign, "no token shard: magic 67324752"),
         (other_version, "shard version 2, not 1"),
+        (other_format, "shard version 1, not 7"),
         (lambda path: (path.parent / "meta.json").unlink(), "no meta.json"),
         (lambda path: [p.unlink() for p in path.parent.glob("train_*")], r"no train_\*\.bin"),
     ],
@@ -203,7 +246,7 @@ def test_broken_datasets_are_refused_with_a_hint(dataset, harm, message):
         ('{"tokenizer": "bytes", "vocab_size": 257.0}', "vocab_size 257.0"),
         ('{"tokenizer": "bytes", "vocab_size": true}', "vocab_size True"),
         ('{"tokenizer": "bytes", "vocab_size": 0}', "vocab_size 0"),
-        ('{"tokenizer": "bytes", "vocab_size": 65537}', "vocab_size 65537"),
+        ('{"tokenizer": "bytes", "vocab_size": 4294967297}', "vocab_size 4294967297"),
         *(
             (f'{{"tokenizer": "bytes", "vocab_size": 257, "bytes_per_token": {r}}}', "bytes_per_t")
             for r in (
@@ -363,6 +406,150 @@ def test_gpt2_without_network(monkeypatch):
     monkeypatch.setattr(vocab.tiktoken, "get_encoding", offline)
     with pytest.raises(DataError, match=r"\Acannot download .* gpt2: ConnectionError\nHINT: .*\Z"):
         get_encoding("gpt2")
+
+
+# The tokenizer of a Hugging Face directory
+
+
+WORDS = f"The cat's mat, 1600 café \u6f22\u5b57\n\n  and {EOT}so on"
+
+
+def directory_of(path, special=(EOT,), decoder=None, **about):
+    """A tokenizer.json of byte-level BPE, or with a decoder of BPE over characters, and the eos."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    alphabet = []
+    if not decoder:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet, decoder = pre_tokenizers.ByteLevel.alphabet(), decoders.ByteLevel()
+    tokenizer.decoder = decoder
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([WORDS.replace(EOT, "")] * 9, trainer)
+    path.mkdir(exist_ok=True)
+    tokenizer.enable_truncation(3)  # must not matter
+    tokenizer.enable_padding(length=40)
+    tokenizer.save(str(path / "tokenizer.json"))
+    for name, values in about.items():
+        (path / f"{name}.json").write_text(json.dumps(values))
+    return path
+
+
+def test_a_directorys_tokenizer_is_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    encoding = get_encoding(directory_of(tmp_path))
+    file = str(tmp_path / "tokenizer.json")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=file)
+    theirs.backend_tokenizer.no_truncation()
+    theirs.backend_tokenizer.no_padding()
+    tokens = encode(encoding, [WORDS])
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == theirs(WORDS)["input_ids"] == encoding.encode(WORDS)
+    assert encoding.decode(tokens.tolist()) == WORDS
+    assert encoding.name == str(tmp_path) and encoding.n_vocab == theirs.vocab_size
+
+
+def test_bytes_of_a_directorys_tokens(tmp_path):
+    """Every byte has a token; together tokens are the text, and also where it is no UTF-8."""
+    encoding = get_encoding(directory_of(tmp_path))
+    parts = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    assert {bytes([i]) for i in range(256)} <= set(parts)
+    assert parts[encoding.eot_token] == EOT.encode()
+    tokens = encoding.encode(WORDS)
+    assert b"".join(parts[t] for t in tokens) == encoding.decode_bytes(tokens) == WORDS.encode()
+    assert encoding.decode([parts.index(b"\xc3")]) == "\ufffd"
+    write_dataset(tmp_path / "out", encoding, {"train": tokens, "val": tokens[:4]})
+    text_bytes = len(WORDS.replace(EOT, "").encode())
+    assert Tokens(tmp_path / "out", "train").bytes_per_token == text_bytes / len(tokens)
+
+
+def test_special_tokens_are_text_where_they_are_not_allowed(tmp_path):
+    encoding = get_encoding(directory_of(tmp_path, [EOT, "<|im_start|>"]))
+    assert encoding.encode(f"<|im_start|>{EOT}") == [1, 0]
+    ordinary = encoding.encode_ordinary(f"<|im_start|>{EOT}")
+    assert not {0, 1} & set(ordinary) and encoding.decode(ordinary) == f"<|im_start|>{EOT}"
+
+
+@pytest.mark.parametrize(
+    "special, about, due",
+    [
+        ([EOT, "</s>"], {"tokenizer_config": {"eos_token": "</s>"}}, EOT),
+        (["<s>", "</s>"], {"tokenizer_config": {"eos_token": "</s>"}}, "</s>"),
+        (["<s>", "</s>"], {"tokenizer_config": {"eos_token": {"content": "</s>"}}}, "</s>"),
+        (["<s>", "</s>"], {"config": {"eos_token_id": 1}}, "</s>"),
+        (["</s>", "<s>"], {"config": {"eos_token_id": [0, 1]}, "tokenizer_config": {}}, "</s>"),
+    ],
+)
+def test_the_token_that_ends_a_document(special, about, due, tmp_path):
+    encoding = get_encoding(directory_of(tmp_path, special, **about))
+    assert encoding.eot_token == special.index(due)
+    tokens = encode(encoding, ["a" + EOT, "b" + EOT])
+    assert (tokens == encoding.eot_token).sum() == 2
+    assert encoding.decode(tokens.tolist()) == f"a{due}b{due}"
+
+
+def test_without_byte_level_pieces_bytes_per_token_is_unknown(tmp_path, capsys):
+    """As Llama 2's: the piece of "▁cat" has 6 bytes, its text 4 or 3."""
+    encoding = get_encoding(directory_of(tmp_path, decoder=decoders.Metaspace()))
+    tokens = encode(encoding, ["The cat" + EOT])
+    write_dataset(tmp_path / "out", encoding, {"train": tokens, "val": tokens})
+    assert Tokens(tmp_path / "out", "val").bytes_per_token is None
+    assert "bytes per token" not in capsys.readouterr().out
+    assert encoding.decode_bytes(tokens.tolist()) == b"The cat" + EOT.encode()
+
+
+def broken(path):
+    path.mkdir()
+    (path / "tokenizer.json").write_text("{}")
+
+
+def endless(path):
+    directory_of(path, ["<s>"])
+
+
+def unspecial(path):
+    directory_of(path, ["<s>"], tokenizer_config={"eos_token": "the mat"})
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (Path.mkdir, r"cannot read .*/tokenizer\.json: No such file"),
+        (broken, r"cannot read .*/tokenizer\.json: Model missing"),
+        (endless, r".*/hf: no token ends a text: no <\|endoftext\|>, and no eos"),
+        (unspecial, ".*/hf: no token ends a text"),
+        (lambda path: None, "no tokenizer '.*/hf'"),
+    ],
+)
+def test_a_directory_without_a_tokenizer_is_a_line_and_a_hint(make, message, tmp_path):
+    (tmp_path / "a.txt").write_text("Enter HAMLET")
+    make(tmp_path / "hf")
+    done = prepare("text", "a.txt", "--tokenizer", tmp_path / "hf", "--out=out", cwd=tmp_path)
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert re.fullmatch(rf"error: {message}.*\nHINT: .*tokenizer.json\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", ["text", "pydocs", "shakespeare"])
+def test_a_dataset_in_the_tokens_of_a_directory(name, tmp_path, monkeypatch):
+    """By default in a folder of its own: the one without a suffix holds our tokens."""
+    directory_of(tmp_path / "hf")
+    (tmp_path / "a.txt").write_text(f"{WORDS}{EOT}" * 30)
+    texts = {"train": [WORDS], "val": ["that"]}
+    monkeypatch.setattr(shakespeare, "plays", lambda: texts)
+    monkeypatch.setattr(pydocs, "documents", lambda stdlib: dict(texts))
+    monkeypatch.setattr(SCRIPTS[name], "__file__", str(tmp_path / name / "prepare.py"))
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    files = ["a.txt"] if name == "text" else []
+    monkeypatch.setattr(sys, "argv", [name, *files, "--tokenizer", "hf"])
+    SCRIPTS[name].main()
+    assert not list((tmp_path / name).iterdir())
+    train = Tokens(tmp_path / f"{name}-hf", "train")
+    assert train.tokenizer == str(tmp_path / "hf") and train.shards[0].dtype == "<u2"
+    assert text_of(train.directory, "train").startswith(WORDS)
+    monkeypatch.setattr(sys, "argv", [name, *files, "--tokenizer", "bytes"])
+    SCRIPTS[name].main()
+    assert Tokens(tmp_path / name, "train").tokenizer == "bytes"
 
 
 # All scripts

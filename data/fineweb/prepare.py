@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cli import Parser, number, script
-from data.shards import HEADER_BYTES, DataError, token_count, write_meta
+from data.shards import HEADER_BYTES, DataError, read_header, write_meta
 
 HUB = "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main"
 HINT = "HINT: the same command resumes; python train.py --dataset pydocs needs no network"
@@ -26,7 +26,8 @@ def complete(part, url):
     if have < 12:  # not yet magic, version and count
         return False
     try:
-        size = HEADER_BYTES + 2 * token_count(part)
+        count, dtype = read_header(part)
+        size = HEADER_BYTES + dtype.itemsize * count
         if have > size:
             raise DataError(f"{part} has {have} bytes, {size} by its header")
     except DataError as error:
@@ -73,7 +74,7 @@ def main():
         if not path.exists():
             print(f"downloading {name}", flush=True)
             fetch(f"{args.base_url}/edu_fineweb_{name}.bin", path)
-        print(f"{name} {token_count(path):12,} tokens", flush=True)
+        print(f"{name} {read_header(path)[0]:12,} tokens", flush=True)
     write_meta(args.out, "gpt2", 50257, None)
 
 

@@ -1,4 +1,4 @@
-"""Python's own documentation strings: python data/pydocs/prepare.py [--tokenizer plays|bytes]
+"""Python's own documentation strings: python data/pydocs/prepare.py [--tokenizer T]
 
 English prose that every Python installation carries, so it needs no network. The text is the
 docstrings of the standard library, read and never imported, and pydoc's help topics; a module is a
@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cli import Parser, script
 from data.shards import DataError, write_dataset
-from data.vocab import EOT, encode, get_encoding
+from data.vocab import EOT, OUT_HELP, TOKENIZER_HELP, default_out, encode, get_encoding
 
 SKIP = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -52,8 +52,8 @@ def documents(stdlib):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--tokenizer", choices=("plays", "bytes"), default="plays")
-    parser.add_argument("--out", default=Path(__file__).resolve().parent)
+    parser.add_argument("--tokenizer", default="plays", help=TOKENIZER_HELP)
+    parser.add_argument("--out", help=OUT_HELP)
     args = parser.parse_args()
     stdlib = sysconfig.get_paths()["stdlib"]
     encoding = get_encoding(args.tokenizer)
@@ -62,7 +62,7 @@ def main():
         raise DataError(f"no docstrings under {stdlib}: this Python comes without its sources")
     for split, texts in splits.items():
         splits[split] = encode(encoding, [text + EOT for text in texts])
-    write_dataset(args.out, encoding, splits)
+    write_dataset(args.out or default_out(__file__, args.tokenizer), encoding, splits)
 
 
 if __name__ == "__main__":

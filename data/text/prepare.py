@@ -1,4 +1,4 @@
-"""Any UTF-8 text: python data/text/prepare.py FILE... [--tokenizer plays|bytes|gpt2] [--out DIR]
+"""Any UTF-8 text: python data/text/prepare.py FILE... [--tokenizer T] [--out DIR]
 
 Files ending in .gz and .xz are decompressed. A file is a document, or several where it has
 <|endoftext|> between them. The last --val-fraction of all tokens is for validation, whole documents
@@ -13,7 +13,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cli import Parser, script
 from data.shards import UNREADABLE, DataError, open_text, write_dataset
-from data.vocab import EOT, TOKENIZERS, encode, get_encoding
+from data.vocab import EOT, OUT_HELP, TOKENIZER_HELP, default_out, encode, get_encoding
 
 
 def pieces(paths):
@@ -44,15 +44,16 @@ def split(tokens, eot, fraction):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="plays")
+    parser.add_argument("--tokenizer", default="plays", help=TOKENIZER_HELP)
     parser.add_argument("--val-fraction", type=float, default=0.05)
-    parser.add_argument("--out", default=Path(__file__).resolve().parent)
+    parser.add_argument("--out", help=OUT_HELP)
     args = parser.parse_args()
     if not 0 < args.val_fraction < 1:
         parser.error("--val-fraction must be between 0 and 1")
     encoding = get_encoding(args.tokenizer)
     tokens = encode(encoding, pieces(args.files))
-    write_dataset(args.out, encoding, split(tokens, encoding.eot_token, args.val_fraction))
+    splits = split(tokens, encoding.eot_token, args.val_fraction)
+    write_dataset(args.out or default_out(__file__, args.tokenizer), encoding, splits)
 
 
 if __name__ == "__main__":
