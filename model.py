@@ -78,6 +78,18 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
+def frequencies(config, device="cpu"):
+    """The rotary frequencies in radians a token, (head_dim / 2,). rope_factor divides those that
+    turn less than once in 8192 tokens, and those that turn less than 4 times in part, as in every
+    Llama 3.x."""
+    half = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
+    frequency = config.rope_theta**-half
+    if config.rope_factor == 1:
+        return frequency
+    whole = ((8192 / (2 * math.pi) * frequency - 1) / 3).clamp(0, 1)
+    return frequency * (whole + (1 - whole) / config.rope_factor)
+
+
 def rotate(x, cos, sin):
     """Rotary positions. x (B, heads, T, head_dim); cos, sin (T, head_dim / 2)."""
     a, b = x.float().chunk(2, dim=-1)
@@ -183,13 +195,8 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def rope(self, start, time, device):
-        c = self.config
-        frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device) / c.head_dim)
-        if c.rope_factor != 1:  # as every Llama 3.x: whole above 4 turns in 8192 tokens, a
-            turns = 8192 * frequency / (2 * math.pi)  # factor-th below one, in between a mixture
-            whole = ((turns - 1) / 3).clamp(0, 1)
-            frequency = frequency * (whole + (1 - whole) / c.rope_factor)
-        angle = torch.arange(start, start + time, device=device)[:, None] * frequency
+        position = torch.arange(start, start + time, device=device)
+        angle = position[:, None] * frequencies(self.config, device)
         return angle.cos(), angle.sin()
 
     def flops_per_token(self):

@@ -158,7 +158,7 @@ def test_a_tied_head_may_be_in_the_file_too(qwen3):
     "values",
     [
         {"architectures": ["LlamaForCausalLM"]},
-        {"model_type": "qwen2"},
+        {"model_type": "gemma2"},
         {"attention_bias": True},
         {"use_sliding_window": True},
         {"hidden_act": "gelu"},

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fp4
-from hf import from_qwen3
+from hf import from_transformers
 from model import GPT, ModelConfig
 from run import PRESETS
 
@@ -35,7 +35,7 @@ def test_logits_and_gradients_equal_qwen3(tied):
         if p.ndim == 1:
             p.data.normal_(1, 0.3)
     ours = tiny(tied=tied, rope_theta=1e6)
-    ours.load_state_dict(from_qwen3(theirs.state_dict(), ours.config))
+    ours.load_state_dict(from_transformers(theirs.state_dict(), ours.config))
     tokens = torch.randint(97, (3, 32))
     expected = theirs(tokens).logits
     assert expected.std() > 0.5
