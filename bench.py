@@ -2,6 +2,7 @@
 
 python bench.py                      the quantizer, the kernels on a GPU, steps of the nano preset
 python bench.py --preset 124m --precisions bf16 fp4 fp4_mean fp4_hadamard
+python bench.py --init hf/smollm2    steps of that model
 python bench.py --resources          what the compiler makes of each kernel; needs no GPU
 """
 
@@ -18,7 +19,7 @@ import fp4
 from cli import Parser, number, script
 from experiments.recipes import RECIPES
 from model import GPT
-from run import PRESETS, Config, World, read_config
+from run import PRESETS, Config, World, adopt, read_config
 
 SIZES = (8192, 1024), (8192, 4096), (16384, 8192)  # tokens, features
 
@@ -148,9 +149,11 @@ def kernel_table(device):
             print(f"{f'{rows} x {cols} {name}':42} {t * 1e6:9.1f} {rate:8.0f} {share:9.1%}")
 
 
-def step(preset, precisions, rounds, device):
-    """Median time of a training step by precision, the precisions taking turns."""
-    config = Config(**read_config(PRESETS / f"{preset}.json"), vocab_size=4096)
+def step(preset, init, precisions, rounds, device):
+    """Median time of a training step by precision, the precisions taking turns. With init, a
+    directory or a run, in its architecture, and the defaults otherwise."""
+    preset_values = read_config(PRESETS / f"{preset}.json") | {"vocab_size": 4096}
+    config = Config(**(adopt({"init": init}) if init else preset_values))
     shape = (config.batch_size // config.grad_accum, config.block_size + 1)
     window = torch.randint(config.vocab_size, shape, device=device)
     runs, memory = {}, {}
@@ -179,7 +182,7 @@ def step(preset, precisions, rounds, device):
             times[precision].append(seconds(run, 1, device))
     times = {precision: statistics.median(t) for precision, t in times.items()}
     columns = "ms", "tokens/s", "/ bf16", "/ fp4", "peak GB"
-    print(f"{preset + ' step':20}" + "".join(f"{c:>12}" for c in columns))
+    print(f"{(init or preset) + ' step':20}" + "".join(f"{c:>12}" for c in columns))
     for precision, t in times.items():
         ratio = [f"{t / times[base]:.3f}" if base in times else "-" for base in ("bf16", "fp4")]
         gb = f"{memory[precision] / 1e9:.2f}" if memory else "-"
@@ -278,6 +281,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     presets = sorted(p.stem for p in PRESETS.glob("*.json"))
     parser.add_argument("--preset", default="nano", choices=presets)
+    parser.add_argument("--init", help="a Hugging Face directory or a run, instead of a preset")
     parser.add_argument(
         "--precisions", nargs="+", choices=list(RECIPES), default=["bf16", "fp4", "fp4_mean"]
     )
@@ -301,7 +305,7 @@ def main(argv=None):
         quantizer(device)
         torch.set_num_threads(args.threads)
     kernel_table(device)
-    step(args.preset, args.precisions, args.rounds, device)
+    step(args.preset, args.init, args.precisions, args.rounds, device)
 
 
 if __name__ == "__main__":

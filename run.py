@@ -17,18 +17,21 @@ import torch.distributed as dist
 from cli import Parser, UserError, is_a, read_json
 from data.shards import load
 from data.vocab import get_encoding
+from hf import is_hf, load_hf, read_architecture
 from model import GPT, ModelConfig, knob
 
 PRESETS = Path(__file__).parent / "presets"
 CHECKPOINT_FORMAT = "nanofp4 checkpoint 1"
 PURPOSES = "init", "data", "noise", "sample", "evaluation"  # their order is part of every seed
 RENAMED = {"mean_bias": "added_mean"}  # names of Config in older runs
+FREE = "precision", "bf16_blocks", "added_mean", "block_size"  # to choose beside --init
 
 
 @dataclasses.dataclass
 class Config(ModelConfig):
     dataset: str = knob("shakespeare", "a folder under data/, or a path to one")
-    out_dir: str = knob("", "the run's folder; by default out/PRESET-PRECISION")
+    out_dir: str = knob("", "the run's folder; by default out/PRESET-PRECISION or INIT-PRECISION")
+    init: str = knob("", "start from the weights of a Hugging Face directory or a run")
     max_steps: int = knob(320, "optimizer steps")
     batch_size: int = knob(16, "sequences a step, over all processes and micro-steps")
     grad_accum: int = knob(1, "micro-steps a step, for batches that do not fit in memory")
@@ -49,8 +52,9 @@ class Config(ModelConfig):
 
 
 def parse(doc, argv):
-    """(Config, whether to resume) of a command line, over the preset or with --resume the run's
-    config, over the defaults. UserError, naming the argument, for what cannot work."""
+    """(Config, whether to resume) of a command line, over the preset, the architecture of --init or
+    with --resume the run's config, over the defaults. UserError, naming the argument, for what
+    cannot work."""
     names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.json")))
     parser = Parser(doc)
     parser.add_argument(
@@ -69,19 +73,32 @@ def parse(doc, argv):
             **kind,
         )
     values = vars(parser.parse_args(argv))
-    preset, resume = values.pop("preset"), values.pop("resume")
+    preset, resume, init = values.pop("preset"), values.pop("resume"), values.get("init")
     if resume:
-        if preset or not values.get("out_dir"):
-            raise UserError("--resume needs the run's --out-dir, and takes the config from there")
-        path = Path(values["out_dir"]) / "config.json"
+        if preset or init or not values.get("out_dir"):
+            raise UserError(
+                "--resume needs the run's --out-dir, takes config and weights from there, and so "
+                "no --preset and no --init"
+            )
+        values = {**read_config(Path(values["out_dir"]) / "config.json"), **values}
+    elif init:
+        if preset:
+            raise UserError(
+                "--init brings the architecture, and so takes no --preset. HINT: the settings of "
+                "the training are flags"
+            )
+        name = Path(init).resolve().name.removesuffix(".pt")
     else:
         gpu = torch.cuda.is_available() and values.get("device") != "cpu"
         preset = preset or ("small" if gpu else "nano")
         path = Path(preset) if preset.endswith(".json") else PRESETS / f"{preset}.json"
         if not path.exists():
             raise UserError(f"no preset {preset!r}: there are {names}. HINT: or give a .json file")
-    config = Config(**{**read_config(path), **values})
-    config.out_dir = config.out_dir or f"out/{path.stem}-{config.precision}"
+        values, name = {**read_config(path), **values}, path.stem
+    if values.get("init") and not resume:
+        values = adopt(values)
+    config = Config(**values)
+    config.out_dir = config.out_dir or f"out/{name}-{config.precision}"
     config.check()
     return config, resume
 
@@ -96,6 +113,26 @@ def read_config(path):
         if not is_a(value, types[name]):
             raise UserError(f"{path}: {name} {value!r} is no {types[name].__name__}")
     return values
+
+
+def adopt(values):
+    """Config's values with the architecture of the model in values["init"], a Hugging Face
+    directory or a run. UserError, naming both, for a value that contradicts it."""
+    path = Path(values["init"])
+    if is_hf(path):
+        theirs = read_architecture(path)
+    else:  # a run's folder, or a checkpoint in it
+        theirs = read_config((path if path.is_dir() else path.parent) / "config.json")
+        theirs = {f.name: theirs.get(f.name, f.default) for f in dataclasses.fields(ModelConfig)}
+    longest = theirs["block_size"]
+    theirs = {name: value for name, value in theirs.items() if name not in FREE}
+    for name, value in theirs.items():
+        if values.get(name, value) != value:
+            raise UserError(f"{name} {values[name]} contradicts {path}, which has {value}")
+    block_size = values.get("block_size", min(Config.block_size, longest))
+    if block_size > longest:
+        raise UserError(f"block_size {block_size} is more than the {longest} of {path}")
+    return {**theirs, **values, "block_size": block_size}
 
 
 def seed_for(config, purpose, step=0, rank=0):
@@ -189,17 +226,24 @@ def read_checkpoint(path, device="cpu"):
     missing = {"step", "config", "model", "optimizer"} - state.keys()
     if missing:
         raise UserError(f"{path} has no {', '.join(sorted(missing))}")
-    state["config"] = {RENAMED.get(name, name): v for name, v in state["config"].items()}
+    then = {RENAMED.get(name, name): value for name, value in state["config"].items()}
+    state["config"] = {**dataclasses.asdict(Config()), **then}  # an older run has fewer names
     return state
 
 
 def load_model(path, device="cpu", precision=None):
-    """The model of a run's folder or of one checkpoint, in its own or another precision, in
-    evaluation mode, and the run's config as a dict."""
+    """The model of a run's folder, of one checkpoint or of a Hugging Face directory, in its own
+    (a directory's: bf16) or another precision, in evaluation mode, and the run's config as a dict;
+    a directory's is that of a run that starts from it, without a dataset."""
     path = Path(path)
+    if is_hf(path):
+        model, _ = load_hf(path, precision or "bf16", device)
+        shape = dataclasses.asdict(model.config)
+        return model, dataclasses.asdict(Config(**shape, dataset="", init=str(path.resolve())))
     state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
-    own = {f.name for f in dataclasses.fields(ModelConfig)}  # an older run has fewer
-    config = ModelConfig(**{k: v for k, v in state["config"].items() if k in own})
+    config = ModelConfig(
+        **{f.name: state["config"][f.name] for f in dataclasses.fields(ModelConfig)}
+    )
     config.precision = precision or config.precision
     model = GPT(config).to(device)
     model.load_state_dict(state["model"])
@@ -207,7 +251,10 @@ def load_model(path, device="cpu", precision=None):
 
 
 def encoding_of(config):
-    """The tiktoken.Encoding of a run's dataset; UserError for a model that came without one."""
-    if not config["dataset"]:
-        raise UserError("this model came from elsewhere, and its tokenizer is none of ours")
-    return get_encoding(load(config["dataset"], "val").tokenizer)
+    """The encoding (data/vocab.py) of the dataset in a run's config, or of its Hugging Face
+    directory; UserError for a model that came without one."""
+    if config["dataset"]:
+        return get_encoding(load(config["dataset"], "val").tokenizer)
+    if config["init"]:
+        return get_encoding(config["init"])
+    raise UserError("this model came from elsewhere, and its tokenizer is none of ours")

@@ -1,6 +1,7 @@
 """Continue a prompt with a trained model.
 
 python sample.py --out-dir out/nano-fp4_mean --prompt "HAMLET:" --tokens 200
+python sample.py --out-dir hf/smollm2 --prompt "The capital of France is"
 """
 
 import torch
@@ -12,7 +13,9 @@ from run import World, encoding_of, load_model
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--out-dir", required=True, help="a run's folder")
+    parser.add_argument(
+        "--out-dir", required=True, help="a run's folder, a checkpoint, or a Hugging Face directory"
+    )
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--tokens", type=number(int), default=200, help="tokens to add (200)")
     parser.add_argument("--samples", type=number(int), default=1, help="continuations (1)")
@@ -23,7 +26,9 @@ def main(argv=None):
         "--top-k", type=number(int), default=50, help="draw from the k likeliest (50)"
     )
     parser.add_argument("--seed", type=number(int, 0), default=1337, help="of the draws (1337)")
-    parser.add_argument("--precision", choices=list(RECIPES), help="(that of the training)")
+    parser.add_argument(
+        "--precision", choices=list(RECIPES), help="(that of the training; of a directory bf16)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     args = parser.parse_args(argv)
     device = World(args.device).device

@@ -2,6 +2,7 @@
 
     python train.py --precision fp4_mean              on a CPU the nano preset, about 4 minutes
     python train.py --preset 124m --dataset fineweb
+    python train.py --init hf/smollm2 --dataset shakespeare-smollm2 --learning-rate 1e-4
     python train.py --resume --out-dir out/nano-fp4_mean
     torchrun --nproc-per-node 8 train.py --preset 124m --dataset fineweb
 
@@ -27,14 +28,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fp4
 from cli import UserError, script
-from data.shards import load, prepare_if_missing
-from data.vocab import get_encoding
+from data.shards import AUTOMATIC, load, prepare_if_missing
+from data.vocab import default_out, get_encoding, token_bytes
 from experiments.recipes import AddedMean
 from model import GPT
 from run import (
     CHECKPOINT_FORMAT,
     World,
+    encoding_of,
     generator_for,
+    load_model,
     parse,
     read_checkpoint,
     save,
@@ -112,6 +115,24 @@ def mean_share(model, ids):
 # The folder of a run.
 
 
+def initial_weights(config, tokens):
+    """The weights of the model in config.init. UserError if `tokens` are of another tokenizer than
+    the model's, which may have come without one."""
+    model, about = load_model(config.init)
+    encoding = None
+    with contextlib.suppress(UserError):
+        encoding = encoding_of(about)
+    if encoding and token_bytes(encoding) != token_bytes(get_encoding(tokens.tokenizer)):
+        name = config.dataset if config.dataset in AUTOMATIC else "shakespeare"
+        out = default_out(f"data/{name}/prepare.py", encoding.name).name
+        raise UserError(
+            f"{config.dataset} has tokens of {tokens.tokenizer}, and {config.init} reads those of "
+            f"{encoding.name}. HINT: python data/{name}/prepare.py --tokenizer {encoding.name}, "
+            f"and then --dataset {out}"
+        )
+    return model.state_dict()
+
+
 def resume_run(out, config, model, optimizer, world):
     """Load the checkpoint in `out`: its step, and the metrics before it. What is lost of those is
     said, and no reason to stop."""
@@ -154,6 +175,14 @@ def bits_per_byte(loss, tokens):
     return f"{loss / math.log(2) / tokens.bytes_per_token:.4f}" if tokens.bytes_per_token else "n/a"
 
 
+def sample(model, config, tokenizer):
+    encoding = get_encoding(tokenizer)
+    prompt = torch.tensor([[encoding.eot_token]], device=model.head.weight.device)
+    ids = model.generate(prompt, 100, 0.8, 50, generator_for(config, "sample"))[0, 1:].tolist()
+    text = encoding.decode([t for t in ids if t < encoding.n_vocab])
+    print(f"\n--- sample ---\n{text}\n---")
+
+
 def attempt(what, f, *args):
     """What follows the training must not undo it."""
     try:
@@ -185,7 +214,7 @@ def train(config, resume, world):
         prepare_if_missing(config.dataset)
     world.wait()
     train_tokens, val_tokens = load(config.dataset, "train"), load(config.dataset, "val")
-    encoding = get_encoding(train_tokens.tokenizer)
+    weights = initial_weights(config, train_tokens) if config.init and not resume else None
     config.vocab_size = config.vocab_size or -(-train_tokens.vocab_size // 64) * 64
     if config.vocab_size < train_tokens.vocab_size:
         raise UserError(
@@ -197,7 +226,10 @@ def train(config, resume, world):
     share_ids, _ = batch(val_tokens, rows, config, device)  # to measure the mean's share by
 
     # model, optimizer, and the folder
-    model = GPT(config, generator_for(config, "init")).to(device)
+    model = GPT(config, generator_for(config, "init"))
+    if weights:
+        model.load_state_dict(weights)
+    model = model.to(device)
     optimizer = make_optimizer(model, config)
     step, metrics = 0, []
     if resume:
@@ -311,11 +343,7 @@ def train(config, resume, world):
         return
     title = f"{config.precision}, {config.dataset}"
     attempt("loss curve", plot, metrics, out / "loss.png", title)
-    prompt = torch.tensor([[encoding.eot_token]], device=device)
-    generator = generator_for(config, "sample")
-    text = attempt("sample", model.generate, prompt, 100, 0.8, 50, generator)
-    text = [] if text is None else [t for t in text[0, 1:].tolist() if t < encoding.n_vocab]
-    attempt("sample", print, f"\n--- sample ---\n{encoding.decode(text)}\n---")
+    attempt("sample", sample, model, config, train_tokens.tokenizer)
     losses = [m["loss"] for m in metrics if "loss" in m][-20:]
     summary = {
         "precision": config.precision,

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import runpy
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import bench
 import fp4
@@ -24,10 +26,10 @@ import run as run_module
 import train
 from cli import script
 from data.shards import Tokens, load, write_dataset, write_meta, write_shard
-from data.vocab import encode, get_encoding
+from data.vocab import BYTE, EOT, encode, get_encoding
 from experiments.recipes import RECIPES, recipe_of
 from model import GPT
-from run import CHECKPOINT_FORMAT, Config, load_model, read_checkpoint, seed_for
+from run import CHECKPOINT_FORMAT, Config, encoding_of, load_model, read_checkpoint, seed_for
 
 ROOT = Path(train.__file__).parent
 BYTES = get_encoding("bytes")
@@ -407,17 +409,189 @@ def test_a_curve_or_a_sample_that_fails_is_said(tiny, tmp_path, monkeypatch, cap
     assert "no sample: RuntimeError: no luck" in printed and "val_loss: " in printed
 
 
-def test_runs_from_before_a_knob_was_renamed(copy):
-    """mean_bias is added_mean now."""
-    config = json.loads((copy / "config.json").read_text())
-    config["mean_bias"] = config.pop("added_mean")
-    (copy / "config.json").write_text(json.dumps(config))
+def test_older_runs(copy, capsys, monkeypatch):
+    """mean_bias is added_mean now, and some knobs are new."""
     state = read_checkpoint(copy / "checkpoint.pt")
-    state["config"]["mean_bias"] = state["config"].pop("added_mean")
+    for config in (state["config"], json.loads((copy / "config.json").read_text())):
+        config["mean_bias"] = config.pop("added_mean")
+        for name in ("qk_norm", "qkv_bias", "rope_factor", "init"):
+            del config[name]
+    (copy / "config.json").write_text(json.dumps(config))
     torch.save(state, copy / "checkpoint.pt")
-    assert load_model(copy)[1]["added_mean"] == 0.0
+    model, config = load_model(copy)
+    assert model.config.qk_norm and config["added_mean"] == 0.0 and config["init"] == ""
+    assert text_of(capsys, monkeypatch, "--out-dir", copy).endswith("\n---\n")
     resume(copy, max_steps=11)
     assert metrics(copy)[-1]["step"] == 11
+    assert run_module.adopt({"init": str(copy)})["qk_norm"]
+
+
+# Runs that start from a model.
+
+
+def write_tokenizer(path, ids):
+    """A token a byte, byte i as number ids[i], and <|endoftext|>, in a tokenizer.json."""
+    spelled = {value[0]: character for character, value in BYTE.items()}
+    tokenizer = Tokenizer(models.BPE({spelled[i]: ids[i] for i in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOT])
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+def write_llama(path, ffn_dim=48):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": ffn_dim, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320}
+    config = transformers.LlamaConfig(**sizes, max_position_embeddings=64)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The directory of a random LlamaForCausalLM with the tokenizer of `tiny`. Read only."""
+    path = tmp_path_factory.mktemp("models") / "llama-1.5"
+    write_llama(path)
+    write_tokenizer(path, range(256))
+    return path
+
+
+@pytest.fixture
+def other(llama, tmp_path):
+    """A copy of that directory to change."""
+    return Path(shutil.copytree(llama, tmp_path / "other"))
+
+
+def run_from(init, preset, out, **knobs):
+    """A run from a model on the dataset of a preset, by default two steps of bf16."""
+    small = {"precision": "bf16", "batch_size": 4, "block_size": 32, "max_steps": 2}
+    small |= {"warmup_steps": 1, "eval_windows": 8, "dataset": preset.parent / "data"}
+    main("--init", init, "--out-dir", out, "--keep", *flags(small | knobs))
+    return out
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_a_run_from_a_directory(llama, tiny, tmp_path):
+    out = run_from(llama, tiny, tmp_path / "run", block_size=16)
+    start, end = (read_checkpoint(out / f"step-{step}.pt")["model"] for step in (0, 2))
+    assert_same_weights(start, load_model(llama)[0].state_dict())
+    assert not torch.equal(start["head.weight"], end["head.weight"])
+    config = load_model(out)[1]
+    assert (config["qk_norm"], config["tied"], config["vocab_size"]) == (False, False, 320)
+    assert (config["block_size"], config["precision"], config["init"]) == (16, "bf16", str(llama))
+    assert_same_run(run(out / "config.json", tmp_path / "again"), out)
+
+
+def test_a_run_from_a_run_and_from_one_of_its_checkpoints(tiny, tmp_path):
+    first = tmp_path / "first"
+    main("--preset", tiny, "--out-dir", first, "--keep", "--max-steps", 4)
+    for source, checkpoint in ((first, "step-4.pt"), (first / "step-0.pt", "step-0.pt")):
+        out = run_from(source, tiny, tmp_path / f"from-{checkpoint}")
+        start = read_checkpoint(out / "step-0.pt")["model"]
+        assert_same_weights(start, read_checkpoint(first / checkpoint)["model"])
+        assert metrics(out)[-1]["step"] == 2
+
+
+def test_the_config_of_a_run_from_a_model(llama, whole, monkeypatch):
+    config, _ = run_module.parse("", ["--init", str(llama), "--bf16-blocks", "1"])
+    assert (config.block_size, config.learning_rate) == (64, Config.learning_rate)
+    assert (config.out_dir, config.bf16_blocks) == ("out/llama-1.5-fp4_mean", 1)
+    monkeypatch.chdir(whole)
+    for init in (".", "checkpoint.pt"):
+        config, _ = run_module.parse("", ["--init", init, "--precision", "bf16", "--dim", "32"])
+        assert (config.n_layer, config.block_size, config.dataset) == (2, 32, "shakespeare")
+    assert config.out_dir == "out/checkpoint-bf16"
+
+
+def test_a_run_from_a_directory_resumes_without_it(other, tiny, tmp_path):
+    """Bit for bit, and also if its dataset is in the tokens of that directory."""
+    data = tmp_path / "data"
+    encoding = get_encoding(other)
+    tokens = encode(encoding, ["the cat sat on a mat " * 100])
+    write_dataset(data, encoding, {"train": tokens, "val": tokens})
+    once = run_from(other, tiny, tmp_path / "once", dataset=data, max_steps=4)
+    # a cosine to the fourth step that is cut after the second
+    twice = tmp_path / "twice"
+    shutil.copytree(once, twice)
+    shutil.copy(twice / "step-0.pt", twice / "checkpoint.pt")
+    shutil.rmtree(other)
+    resume(twice)
+    assert_same_run(twice, once)
+
+
+def without_tokenizer(path):
+    (path / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "argv", "named"),
+    [
+        (None, "--dim 48", "dim 48 contradicts .*other, which has 32"),
+        (None, "--tied", "tied True contradicts .*other, which has False"),
+        (None, "--vocab-size 257", "vocab_size 257 contradicts .*other, which has 320"),
+        (None, "--block-size 65", "block_size 65 is more than the 64 of .*other"),
+        (None, "--bf16-blocks 3", "bf16_blocks 3 is more than n_layer 2"),
+        (None, "--preset nano", "--init .* takes no --preset. HINT: .* are flags"),
+        (None, "--resume", "--resume .* no --init"),
+        (None, "--dataset missing", "no dataset 'missing'"),
+        (lambda p: write_llama(p, 40), "", "multiples of 16"),
+        (lambda p: (p / "model.safetensors").unlink(), "", "cannot read .*model.safetensors"),
+        (lambda p: (p / "config.json").unlink(), "", "cannot read .*other/config.json"),
+        (shutil.rmtree, "", "cannot read .*config.json"),
+        (lambda p: write_tokenizer(p, range(255, -1, -1)), "", "data has tokens of bytes, .*other "
+         r"reads those of .*other\. HINT: python data/shakespeare/prepare\.py --tokenizer .*other, "
+         "and then --dataset shakespeare-other"),
+        (without_tokenizer, "--dataset plays", "vocab_size 320 is less than 4096, that of .*plays"),
+    ],
+)  # fmt: skip
+def test_what_a_model_cannot_start_is_one_line(harm, argv, named, other, tiny, tmp_path):
+    if harm:
+        harm(other)
+    plays = get_encoding("plays")
+    tokens = encode(plays, ["the cat sat on a mat " * 100])
+    write_dataset(tmp_path / "plays", plays, {"train": tokens, "val": tokens})
+    argv = argv.replace("plays", str(tmp_path / "plays")).split()
+    given = ["--dataset", tiny.parent / "data", *argv]
+    out = tmp_path / "run"
+    message = refused(main, "--init", other, "--out-dir", out, *given)
+    assert re.search(named, message) and not out.exists()
+
+
+def test_a_model_without_a_tokenizer_trains_on_any_dataset_that_it_has_ids_for(
+    other, tiny, tmp_path
+):
+    without_tokenizer(other)
+    out = run_from(other, tiny, tmp_path / "run", max_steps=1)
+    assert metrics(out)[-1]["step"] == 1
+
+
+def test_a_directory_is_a_run_without_a_dataset(llama, other):
+    model, config = load_model(llama)
+    assert Config(**config).dataset == "" and model.config.precision == "bf16"
+    assert load_model(llama, precision="fp4")[0].config.precision == "fp4"
+    encoding = encoding_of(config)
+    assert encoding.name == str(llama) and encoding.decode(encoding.encode("a" + EOT)) == "a" + EOT
+    without_tokenizer(other)
+    with pytest.raises(ValueError, match=r"tokenizer.json: No such file.*\nHINT"):
+        encoding_of(load_model(other)[1])
+
+
+def test_a_sample_of_a_directory(llama, other, capsys, monkeypatch):
+    text = text_of(capsys, monkeypatch, "--out-dir", llama, "--prompt", "the cat")
+    assert text.startswith("the cat") and len(text) > 15
+    without_tokenizer(other)
+    message = refused(text_of, capsys, monkeypatch, "--out-dir", other)
+    assert "tokenizer.json" in message
+
+
+def test_a_benchmark_of_a_directory(llama, capsys):
+    bench.step("nano", str(llama), ["bf16"], 1, torch.device("cpu"))
+    assert f"{llama} step" in capsys.readouterr().out
 
 
 # Several processes.
