@@ -24,6 +24,7 @@ FIELDS = {  # of the metadata, after the architecture: of config.json
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
+    "rope.dimension_count": "head_dim",  # a model that turns only a part of a head fits no shape
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "rope.freq_base": "rope_theta",
@@ -73,40 +74,43 @@ def read_gguf(file):
     keeps Llama 3's rotary scaling as the tensor rope_freqs.weight, which transformers has not.
     UserError for what cannot be read, or is no model of these families.
     """
+    try:
+        return parts_of(file)
+    except (UserError, ImportError):
+        raise
+    except (OSError, NotImplementedError) as error:  # the second: a format that gguf only writes
+        raise UserError(f"cannot read {file}: {error}") from None
+    except Exception as error:  # what a broken file raises has no common type
+        raise UserError(f"{file} is cut short or not a GGUF file: {error}") from None
+
+
+def parts_of(file):
+    """`read_gguf`; a broken file raises anything."""
     from gguf import GGUFReader, GGUFValueType, dequantize
 
-    try:
-        reader = GGUFReader(file)
-        lists = {k for k, f in reader.fields.items() if GGUFValueType.ARRAY in f.types}
-        about = {k: f.contents() for k, f in reader.fields.items() if k not in lists}
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error}") from None
-    except Exception:  # what a broken file raises has no common type
-        raise UserError(f"{file} is cut short or not a GGUF file") from None
+    reader = GGUFReader(file)
+    fields = {k: f for k, f in reader.fields.items() if GGUFValueType.ARRAY not in f.types}
+    about = {name: field.contents() for name, field in fields.items()}
     kind = about.get("general.architecture")
-    for name, found, ours in (
-        ("general.architecture", kind, ARCHITECTURES),
-        ("rope.scaling.type", about.get(f"{kind}.rope.scaling.type", "none"), ("none",)),
-    ):
-        if found not in ours:
-            raise UserError(f"{file}: {name} is {found!r}, our GPT has only {', '.join(ours)}")
-    if "tokenizer.ggml.tokens" not in lists:
+    if kind not in ARCHITECTURES:
+        ours = ", ".join(ARCHITECTURES)
+        raise UserError(f"{file}: general.architecture is {kind!r}, our GPT has only {ours}")
+    scaling = about.get(f"{kind}.rope.scaling.type", "none")
+    if scaling != "none":
+        raise UserError(f"{file}: rope.scaling.type is {scaling!r}, our GPT has only 'none'")
+    if "tokenizer.ggml.tokens" not in reader.fields:
         raise UserError(f"{file} has no tokenizer")
 
     weights = {}
     for tensor in reader.tensors:
-        block, stem, part = re.fullmatch(r"(blk\.\d+\.)?(.*?)(\.\w+)?", tensor.name).groups()
-        if stem not in NAMES or not part:
+        block, stem, part = re.fullmatch(r"(blk\.\d+\.)?(.*?)(\.\w+)?", tensor.name).groups("")
+        if stem not in NAMES:
             raise UserError(f"{file}: our GPT has no tensor {tensor.name}")
-        prefix = block.replace("blk", "model.layers") if block else ""
-        try:
-            values = dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise UserError(f"{file}: {tensor.name}: {error}") from None
-        weights[prefix + NAMES[stem] + part] = torch.tensor(values)
-    config = {theirs: about.get(f"{kind}.{name}") for name, theirs in FIELDS.items()}
-    config["head_dim"] = config["head_dim"] or about.get(f"{kind}.rope.dimension_count")
-    config["vocab_size"] = len(weights.get("model.embed_tokens.weight", ()))
+        name = block.replace("blk", "model.layers") + NAMES[stem] + part
+        weights[name] = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+    found = {f"{kind}.{name}": theirs for name, theirs in FIELDS.items()}
+    config = {theirs: about[name] for name, theirs in found.items() if name in about}
+    config["vocab_size"] = len(weights["model.embed_tokens.weight"])
     config["tie_word_embeddings"] = "lm_head.weight" not in weights
     return {"model_type": kind, **config}, weights, read_tokenizer(file)
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cli import Parser, UserError, is_a, read_json, script, why_not
-from data.vocab import EOT, PATTERN
+from data.vocab import EOT, PATTERN, DirectoryEncoding
 from gguf_file import read_gguf, smollm2, unpermute
 from model import GPT, ModelConfig, frequencies
 
@@ -86,14 +86,13 @@ def names(config):
     head = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
     table = {"embedding.weight": ["model.embed_tokens.weight"]}
     table |= {"norm.weight": ["model.norm.weight"], "head.weight": [head]}
-    absent = {"attention.qkv.bias"} if not config.qkv_bias else set()
-    absent |= {f"attention.{x}_norm.weight" for x in "qk"} if not config.qk_norm else set()
+    absent = [] if config.qk_norm else ["attention.q_norm.weight", "attention.k_norm.weight"]
+    absent += [] if config.qkv_bias else ["attention.qkv.bias"]
     for i in range(config.n_layer):
         for ours, theirs in BLOCK.items():
-            kind = ours.rpartition(".")[2]
+            end = ours.rpartition(".")[2]
             if ours not in absent:
-                parts = [f"model.layers.{i}.{name}.{kind}" for name in theirs]
-                table[f"blocks.{i}.{ours}"] = parts
+                table[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{x}.{end}" for x in theirs]
     return table
 
 
@@ -158,10 +157,10 @@ def architecture(path, about):
         raise UserError(f"{path} has no {', '.join(missing)}")
     types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
     for ours, name in table.items():
-        value, kind = values[name], types[ours]
-        if not is_a(value, kind):
-            raise UserError(f"{path}: {name} {value!r} is no {kind.__name__}")
-        if kind is not bool and (problem := why_not(value)):
+        value, due = values[name], types[ours]
+        if not is_a(value, due):
+            raise UserError(f"{path}: {name} {value!r} is no {due.__name__}")
+        if due is not bool and (problem := why_not(value)):
             raise UserError(f"{path}: {name} {value} {problem}")
     return {ours: values[name] for ours, name in table.items()} | switches
 
@@ -171,7 +170,7 @@ def config_json(config):
     switches = {"qk_norm": config.qk_norm, "qkv_bias": config.qkv_bias}
     kinds = [kind for kind, (due, _) in FAMILIES.items() if due == switches]
     if not kinds:
-        raise UserError(f"{switches} together are none of {', '.join(FAMILIES)}")
+        raise UserError(f"{switches} is none of {', '.join(FAMILIES)}")
     about = {"model_type": kinds[0], **FAMILIES[kinds[0]][1], "torch_dtype": "float32"}
     about |= {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     if config.rope_factor != 1:
@@ -253,18 +252,21 @@ def write_hf(directory, config, weights, tokenizer, own=None):
 
 def to_hf(out_dir, directory):
     """Write a run's checkpoint as a Hugging Face directory, with its tokenizer."""
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     from run import encoding_of, load_model
 
     model, config = load_model(out_dir)
     encoding = encoding_of(config)
-    converter = TikTokenConverter(pattern=PATTERN)
-    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # no file, no stale cache
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=converter.converted(), bos_token=EOT, eos_token=EOT
-    )
+    if isinstance(encoding, DirectoryEncoding):
+        tokenizer = AutoTokenizer.from_pretrained(encoding.name)
+    else:
+        converter = TikTokenConverter(pattern=PATTERN)
+        converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # no file, no stale cache
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=converter.converted(), bos_token=EOT, eos_token=EOT
+        )
     weights = to_transformers(model.state_dict(), model.config)
     write_hf(directory, model.config, weights, tokenizer, config)
 
@@ -299,12 +301,13 @@ def from_gguf(file, directory):
     about, weights, tokenizer = read_gguf(file)
     config = ModelConfig(precision="fp32", **architecture(file, about))
     factors = weights.pop("rope_freqs.weight", None)
-    if factors is not None:  # llama.cpp's way to write Llama 3's scaling
-        plain, config.rope_factor = frequencies(config), factors.max().item()
-        ours = plain / frequencies(config)
-        if factors.shape != ours.shape or not torch.allclose(factors, ours, rtol=1e-3):
-            raise UserError(f"{file}: rope_freqs are not those of Llama 3")
     check_weights(file, weights, config)
+    if factors is not None:  # llama.cpp's way to write Llama 3's scaling
+        plain = frequencies(config)
+        config.rope_factor = factors.max().item()
+        due = plain / frequencies(config)
+        if factors.shape != due.shape or not torch.allclose(factors, due, rtol=1e-3):
+            raise UserError(f"{file}: rope_freqs are not those of Llama 3's scaling")
     weights = unpermute(weights, config) if about["model_type"] == "llama" else weights
     write_hf(directory, config, weights, tokenizer)
 

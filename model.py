@@ -82,8 +82,8 @@ def frequencies(config, device="cpu"):
     """The rotary frequencies in radians a token, (head_dim / 2,). rope_factor divides those that
     turn less than once in 8192 tokens, and those that turn less than 4 times in part, as in every
     Llama 3.x."""
-    half = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
-    frequency = config.rope_theta**-half
+    share = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
+    frequency = config.rope_theta**-share
     if config.rope_factor == 1:
         return frequency
     whole = ((8192 / (2 * math.pi) * frequency - 1) / 3).clamp(0, 1)
@@ -103,9 +103,8 @@ class Attention(nn.Module):
         self.head_dim, self.window = config.head_dim, config.block_size
         self.qkv = FP4Linear(config.dim, sum(self.heads) * self.head_dim, config.qkv_bias, recipe)
         self.out = FP4Linear(config.n_head * self.head_dim, config.dim, False, recipe)
-        for name in ("q_norm", "k_norm"):
-            norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-            self.add_module(name, norm)
+        norm = RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (norm(self.head_dim, config.norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin, cache):  # x (B, T, dim)
         batch, time, _ = x.shape
@@ -171,8 +170,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """Normal, std .02; for what writes to the residual stream .02 / sqrt(2 n_layer) (GPT-2).
-        Biases are zero."""
+        """Normal, std .02, or .02 / sqrt(2 n_layer) for what writes to the residual stream (GPT-2);
+        biases are zero."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 writes = name.endswith(("attention.out.weight", "ffn.down.weight"))

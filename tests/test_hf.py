@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiktoken_ext.openai_public import r50k_pat_str
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fp4
 import hf
@@ -23,7 +23,7 @@ import train
 from cli import UserError
 from data.shards import write_dataset
 from data.vocab import EOT, PATTERN, encode, get_encoding
-from model import GPT
+from model import GPT, ModelConfig
 from run import CHECKPOINT_FORMAT, Config, encoding_of, load_model, read_checkpoint, save
 
 BYTES, PLAYS = get_encoding("bytes"), get_encoding("plays")
@@ -62,20 +62,50 @@ def save_run(out, encoding=PLAYS, **changes):
     return out
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        {"tied": True},
+        {"tied": False},
+        {"qk_norm": False, "rope_factor": 8.0},
+        {"qk_norm": False, "qkv_bias": True},
+    ],
+    ids=["tied", "untied", "llama", "qwen2"],
+)
 def exported(request, tmp_path_factory):
     """(run, its Hugging Face directory). Read only."""
-    run = save_run(tmp_path_factory.mktemp("run"), tied=request.param)
+    run = save_run(tmp_path_factory.mktemp("run"), **request.param)
     hf.main(["to-hf", str(run), str(run / "hf")])
     return run, run / "hf"
+
+
+def foreign(family, **changes):
+    """A small model of transformers whose vectors are not all ones or zeros."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**QWEN3, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for p in model.parameters():
+        p.data += torch.linspace(-0.5, 0.5, len(p)) if p.ndim == 1 else 0
+    return model
 
 
 @pytest.fixture
 def qwen3(tmp_path):
     """The directory of a small Qwen3 that transformers wrote, in one file."""
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**QWEN3)).save_pretrained(tmp_path / "qwen3")
+    foreign("qwen3").save_pretrained(tmp_path / "qwen3")
     return tmp_path / "qwen3"
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """The like of a Llama, whose config.json says as little as Llama 2's."""
+    foreign("llama", head_dim=8).save_pretrained(tmp_path / "llama")
+    config = tmp_path / "llama" / "config.json"
+    about = json.loads(config.read_text())
+    for name in ("head_dim", "rope_parameters", "tie_word_embeddings", "attention_bias"):
+        del about[name]
+    config.write_text(json.dumps(about))
+    return tmp_path / "llama"
 
 
 def change(directory, **values):
@@ -93,9 +123,11 @@ def assert_same_logits(ours, theirs, tokens):
 def test_transformers_has_the_logits_of_a_run(exported):
     run, directory = exported
     theirs, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert type(theirs) is Qwen3ForCausalLM and theirs.dtype == torch.float32
-    assert not any(info.values()), info
-    assert_same_logits(load_model(run, precision="fp32")[0], theirs, TOKENS)
+    assert theirs.dtype == torch.float32 and not any(info.values()), info
+    ours, config = load_model(run, precision="fp32")
+    family = "qwen3" if config["qk_norm"] else "qwen2" if config["qkv_bias"] else "llama"
+    assert type(theirs).__name__ == family.capitalize() + "ForCausalLM"
+    assert_same_logits(ours, theirs, TOKENS)
 
 
 def test_there_and_back_is_the_same_run(exported, tmp_path):
@@ -121,11 +153,19 @@ def test_a_run_from_there_trains_on(exported, tmp_path, monkeypatch):
     assert 0 < drift < 0.01  # a few steps of AdamW from there, not from an initialization
 
 
+def test_switches_that_no_family_has_are_one_line(tmp_path):
+    run = save_run(tmp_path / "run", qkv_bias=True)
+    with pytest.raises(UserError, match=r"\A.*qk_norm.*qkv_bias.* none of qwen3, llama, qwen2\Z"):
+        hf.main(["to-hf", str(run), str(tmp_path / "hf")])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_sharded_foreign_model_has_transformers_logits(tied, dtype, tmp_path):
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_a_sharded_foreign_model_has_transformers_logits(family, tied, dtype, tmp_path):
     torch.manual_seed(0)
-    theirs = Qwen3ForCausalLM(Qwen3Config(**QWEN3, tie_word_embeddings=tied))
+    theirs = foreign(family, tie_word_embeddings=tied)
     theirs.to(dtype).save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ours, about = hf.load_hf(tmp_path, "fp32")
@@ -158,7 +198,6 @@ def test_a_tied_head_may_be_in_the_file_too(qwen3):
     "values",
     [
         {"architectures": ["LlamaForCausalLM"]},
-        {"model_type": "gemma2"},
         {"attention_bias": True},
         {"use_sliding_window": True},
         {"hidden_act": "gelu"},
@@ -173,6 +212,70 @@ def test_what_our_model_cannot_express_is_refused_by_name(qwen3, values):
     change(qwen3, **values)
     with pytest.raises(UserError, match=list(values)[-1]):
         hf.load_hf(qwen3)
+
+
+ROPE = {**hf.LLAMA3, "factor": 8.0, "rope_theta": 5e5}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"rope_scaling": {**ROPE, "original_max_position_embeddings": 4096}},
+        {"rope_scaling": {**ROPE, "high_freq_factor": 2.0}},
+        {"rope_scaling": {**ROPE, "factor": None}, "factor": 0},
+        {"rope_scaling": {**ROPE, "factor": "8"}, "factor": 0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ],
+    ids=str,
+)
+def test_what_our_llama_cannot_express_is_refused_by_name(llama, values):
+    change(llama, **values)
+    with pytest.raises(UserError, match=rf"\A.*config\.json.* {list(values)[-1]}\b.*\Z"):
+        hf.load_hf(llama)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", None, ["llama"], 3], ids=str)
+def test_another_model_type_is_told_those_that_work(llama, kind):
+    change(llama, model_type=kind)
+    with pytest.raises(UserError, match=r"\A.* model_type is .* qwen3, llama, qwen2\Z"):
+        hf.load_hf(llama)
+
+
+def test_a_llama_may_leave_its_defaults_to_transformers(llama):
+    ours, _ = hf.load_hf(llama, "fp32")
+    assert ours.config.head_dim == 8 and ours.config.rope_theta == 10000 and not ours.config.tied
+    theirs = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    assert_same_logits(ours, theirs, TOKENS % 97)
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_llama_3s_scaling_is_read_from_both_places(llama, name):
+    change(llama, **{name: ROPE})
+    config = hf.load_hf(llama)[0].config
+    assert (config.rope_theta, config.rope_factor) == (5e5, 8.0)
+
+
+def test_the_architecture_is_all_of_a_config_but_the_recipe(llama):
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert hf.read_architecture(llama).keys() == fields - {"precision", "bf16_blocks", "added_mean"}
+
+
+def test_widths_no_multiple_of_16_need_a_high_precision(tmp_path):
+    foreign("llama", hidden_size=36).save_pretrained(tmp_path)
+    hf.load_hf(tmp_path, "bf16")
+    with pytest.raises(UserError, match=r"\A.*config\.json: .*\(36, .* multiples of 16.*\Z"):
+        hf.load_hf(tmp_path, "fp4_mean")
+
+
+def test_a_directory_is_told_from_a_run(qwen3, tmp_path):
+    hf.main(["from-hf", str(qwen3), str(tmp_path / "run")])
+    assert hf.is_hf(qwen3) and hf.is_hf(str(qwen3))
+    for other in (tmp_path / "run", tmp_path, qwen3 / "config.json", tmp_path / "nowhere"):
+        assert not hf.is_hf(other)
+    (qwen3 / "config.json").write_text((qwen3 / "config.json").read_text()[:-9])
+    assert hf.is_hf(qwen3)  # and load_hf says what is wrong with it
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
-"""The model against transformers' Qwen3, the KV cache against none, and the presets."""
+"""The model against transformers' three, the KV cache against none, and the presets."""
 
 import dataclasses
 import json
 
 import pytest
 import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import fp4
 from hf import from_transformers
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, frequencies
 from run import PRESETS
 
 TINY = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "head_dim": 16, "dim": 48, "ffn_dim": 80}
@@ -19,37 +21,69 @@ def tiny(**changes):
     return GPT(ModelConfig(**{**TINY, "precision": "fp32", **changes}))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_logits_and_gradients_equal_qwen3(tied):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192, "rope_theta": 5e5,
+}  # fmt: skip
 
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("family", "rope", "changes"),
+    [
+        ("Qwen3", {"rope_theta": 1e6}, {"rope_theta": 1e6}),
+        ("Llama", {"rope_theta": 1e6}, {"rope_theta": 1e6, "qk_norm": False}),
+        ("Llama", LLAMA3, {"rope_theta": 5e5, "rope_factor": 8.0, "qk_norm": False}),
+        ("Qwen2", {"rope_theta": 1e6}, {"rope_theta": 1e6, "qk_norm": False, "qkv_bias": True}),
+    ],
+    ids=["qwen3", "llama", "llama3", "qwen2"],
+)
+def test_logits_and_gradients_equal_transformers(family, rope, changes, tied):
     torch.manual_seed(0)
-    theirs = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=32,
-            rope_theta=1e6, tie_word_embeddings=tied, initializer_range=0.2,
-        )
+    config = getattr(transformers, family + "Config")(
+        vocab_size=97, hidden_size=64, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+        rope_parameters=rope, tie_word_embeddings=tied, initializer_range=0.15,
     )  # fmt: skip
-    for p in theirs.parameters():
+    theirs = getattr(transformers, family + "ForCausalLM")(config)
+    for name, p in theirs.named_parameters():
         if p.ndim == 1:
-            p.data.normal_(1, 0.3)
-    ours = tiny(tied=tied, rope_theta=1e6)
+            p.data.normal_(0 if name.endswith("bias") else 1, 0.3)
+    ours = tiny(dim=64, block_size=256, tied=tied, **changes)
     ours.load_state_dict(from_transformers(theirs.state_dict(), ours.config))
-    tokens = torch.randint(97, (3, 32))
+    tokens = torch.randint(97, (2, 256))
     expected = theirs(tokens).logits
     assert expected.std() > 0.5
     torch.testing.assert_close(ours(tokens), expected, atol=1e-4, rtol=0)
+    if "rope_factor" in changes:  # which matters within these positions
+        ours.config.rope_factor = 1.0
+        assert (ours(tokens) - expected).abs().max() > 0.1
+        ours.config.rope_factor = 8.0
 
     ours(tokens[:, :-1], tokens[:, 1:]).backward()
     theirs(tokens, labels=tokens).loss.backward()
-    for mine, other in (
-        (ours.embedding, theirs.model.embed_tokens),
-        (ours.blocks[0].attention.out, theirs.model.layers[0].self_attn.o_proj),
-        (ours.blocks[1].ffn.down, theirs.model.layers[1].mlp.down_proj),
-        (ours.blocks[0].attention.q_norm, theirs.model.layers[0].self_attn.q_norm),
-    ):
-        torch.testing.assert_close(mine.weight.grad, other.weight.grad, atol=1e-5, rtol=1e-4)
+    theirs = {name: p.grad for name, p in theirs.named_parameters()}
+    if tied:
+        theirs["lm_head.weight"] = theirs["model.embed_tokens.weight"]
+    grads = {name: p.grad for name, p in ours.named_parameters(remove_duplicate=False)}
+    for name, expected in from_transformers(theirs, ours.config).items():
+        torch.testing.assert_close(grads[name], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rotary_frequencies_are_those_of_llama_3(head_dim, factor):
+    rope = {**LLAMA3, "factor": factor}
+    theirs = transformers.LlamaConfig(head_dim=head_dim, rope_parameters=rope)
+    expected, scale = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
+    config = ModelConfig(head_dim=head_dim, rope_theta=5e5, rope_factor=factor)
+    assert scale == 1
+    torch.testing.assert_close(frequencies(config), expected, atol=0, rtol=1e-6)
+
+
+def test_biases_start_at_zero():
+    biases = [p for name, p in tiny(qkv_bias=True).named_parameters() if name.endswith("bias")]
+    assert len(biases) == 2 and not any(p.any() for p in biases)
 
 
 def test_cached_generation_equals_recomputation():
