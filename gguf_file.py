@@ -5,6 +5,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def unpermute(weights, config):
 
 def read_tokenizer(file):
     """A GGUF file's tokenizer, as transformers builds it."""
-    from tokenizers import pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
@@ -137,4 +138,8 @@ def read_tokenizer(file):
     if pieces.get("pre_tokenizer_type") == "smollm":  # as llama.cpp, which transformers leaves out
         digits = pre_tokenizers.Digits(individual_digits=True)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
+    about = json.loads(tokenizer.to_str())  # it adds GPT-2's <|endoftext|>, in the file or not
+    size = len(pieces["tokens"])
+    about["added_tokens"] = [token for token in about["added_tokens"] if token["id"] < size]
+    tokenizer = Tokenizer.from_str(json.dumps(about))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -326,9 +326,7 @@ def main(argv=None):
     parser.add_argument("target", type=Path, help="a folder that is not there yet")
     args = parser.parse_args(argv)
     if (args.source is None) != (args.command == "smollm2"):
-        parser.error(
-            f"{args.command} takes {'a source and ' if args.source is None else ''}a target"
-        )
+        parser.error("smollm2 takes a target, the others a source and a target")
     if args.target.exists():
         raise UserError(f"{args.target} is there already. HINT: name another folder")
     if args.source is None:
