@@ -11,6 +11,7 @@ Weights are FP32: a run's master weights, bit for bit, or a GGUF file's values a
 them. nanofp4.json, which to-hf writes beside them, is the run's own config, for the way back.
 
 What from-hf writes is a run at step 0: sample.py takes it, and train.py --resume, with new moments.
+A model that was not ours keeps the tokenizer of its directory.
 
 All but from-hf need transformers, for the tokenizer: requirements-dev.txt.
 """
@@ -277,7 +278,8 @@ def from_hf(directory, out_dir):
 
     model, _ = load_hf(directory)
     own = directory / "nanofp4.json"
-    run = read_config(own) if own.exists() else {"precision": "bf16", "dataset": ""}
+    other = {"precision": "bf16", "dataset": "", "init": str(directory.resolve())}
+    run = read_config(own) if own.exists() else other
     config = Config(**{**run, **read_architecture(directory), "out_dir": str(out_dir)})
     try:
         config.check()

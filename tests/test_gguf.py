@@ -15,6 +15,7 @@ import gguf_file
 import hf
 from cli import UserError
 from data.vocab import BYTE
+from run import encoding_of, load_model
 
 TOKENS = torch.randint(320, (2, 256), generator=torch.Generator().manual_seed(0))
 Q8_0, Q4_1, F32 = (GGMLQuantizationType[name] for name in ("Q8_0", "Q4_1", "F32"))
@@ -186,6 +187,16 @@ def test_the_tokenizer_is_the_files(tmp_path, pre):
     assert tokenizer.convert_ids_to_tokens(ids[:4]) == ["a", "t", "Ġthe", "Ċ"]
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("  12")
     assert [piece for piece, _ in split] == (["ĠĠ", "1", "2"] if pre == "smollm" else ["Ġ", "Ġ12"])
+
+
+def test_a_run_keeps_the_tokenizer_of_its_directory(tmp_path):
+    convert(write_gguf(tmp_path / "model.gguf", tiny("llama"), pre="smollm"), tmp_path / "hf")
+    hf.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])
+    _, config = load_model(tmp_path / "run")
+    assert encoding_of(config).encode("at the<|end|>") == [64, 83, 258, 318]
+    hf.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "again")])
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
 
 
 def test_smollm2_without_a_network_or_another_wheel_is_one_line(tmp_path, monkeypatch):

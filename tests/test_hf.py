@@ -448,6 +448,7 @@ def test_a_full_disk_is_one_line(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "save_file", full)
     with pytest.raises(UserError, match=r"\Acannot save .*model\.safetensors: .*No space.*\Z"):
         hf.main(["to-hf", str(exported[0]), str(tmp_path / "hf")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_is_one_line_and_nothing_is_overwritten(tmp_path):
