@@ -422,6 +422,18 @@ def test_convert_is_all_or_nothing():
 
 
 @every_recipe
+def test_autocast_changes_nothing(recipe):
+    linear, x, d = layer(recipe), torch.randn(32, 32), torch.randn(32, 48)
+    torch.manual_seed(1)
+    want = backward(linear, x, d)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear(x.requires_grad_())
+    got.backward(d)
+    assert torch.equal(got, want[0]) and torch.equal(x.grad, want[1])
+
+
+@every_recipe
 def test_a_converted_bf16_model_trains(recipe):
     """What from_pretrained gives for a BF16 checkpoint."""
     model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 16))
