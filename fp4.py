@@ -1,4 +1,4 @@
-"""NVFP4 and the mean-centered linear layer: all the arithmetic of this repository.
+"""The mean-centered linear layer in NVFP4, the heart of this repository. nvfp4.py has the format.
 
 A linear layer is three matrix products (GEMMs). X is the input, T tokens by m features; W the
 weight, n by m; D = dL/dY the gradient of the output, T by n; ᵀ is the transpose:
@@ -211,10 +211,10 @@ RECIPES = {
 
 
 def _recipe(recipe):
-    if not isinstance(recipe, str):
+    if callable(recipe):
         return recipe
     if recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+        raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}, nor a function")
     return RECIPES[recipe]
 
 
@@ -232,9 +232,9 @@ class FP4Linear(torch.nn.Linear):
 
     recipe: a name in RECIPES, or a function of X and W as there. Weights and inputs are of any
     float dtype, taken in FP32; the output has the input's. In NVFP4, ValueError where features are
-    no multiple of 16; RuntimeError for an input of another width. torch.autocast is off inside, as
-    it would round the means, and so would TF32. Rounding noise comes from the device's default
-    generator, in backward."""
+    no multiple of 16; RuntimeError for an input of another width or no floats. torch.autocast is
+    off inside, as it would round the means; so would TF32. Rounding noise comes from the device's
+    default generator, in backward."""
 
     def __init__(self, in_features, out_features, bias=True, recipe="fp4_mean", **kwargs):
         super().__init__(in_features, out_features, bias, **kwargs)
@@ -242,8 +242,9 @@ class FP4Linear(torch.nn.Linear):
         _check_widths(self.recipe, self)
 
     def forward(self, x):
-        if x.shape[-1] != self.in_features:
-            raise RuntimeError(f"input (..., {x.shape[-1]}) is not (..., {self.in_features})")
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            due = f"(..., {self.in_features}) of floats"
+            raise RuntimeError(f"input {tuple(x.shape)} of {x.dtype} is not {due}")
         tokens, w = x.reshape(-1, self.in_features), self.weight
         if not torch.is_grad_enabled():  # else needs_input_grad asks for what no backward will use
             tokens, w = tokens.detach(), w.detach()
@@ -258,8 +259,9 @@ class FP4Linear(torch.nn.Linear):
 
 def convert(model, recipe="fp4_mean", keep=("lm_head",)):
     """Make every nn.Linear in a model, or the model itself, an FP4Linear, in place, but for those
-    whose names end in one of keep. Parameters, hooks and modes stay; converting again changes the
-    recipe. Returns the model; ValueError, and nothing is changed, where a width does not fit."""
+    whose names end in one of keep, and subclasses. Parameters, hooks and modes stay; converting
+    again changes the recipe. Returns the model; ValueError, and nothing is changed, where a width
+    does not fit."""
     recipe, names = _recipe(recipe), {}
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -275,8 +277,8 @@ def convert(model, recipe="fp4_mean", keep=("lm_head",)):
 
 
 def mean_share(x):
-    """||μ||² / E||x||² of x (T, m), a scalar tensor in [0, 1]: the share of the mean over tokens in
-    the energy. Of T tokens with nothing in common it is about 1/T. arXiv 2603.10444 calls its
-    square root R."""
-    x = x.float()
+    """||μ||² / E||x||² of x (..., m), a scalar tensor in [0, 1]: the share of the mean over tokens
+    in the energy; NaN for zeros. Of T tokens with nothing in common it is about 1/T. arXiv
+    2603.10444 calls its square root R."""
+    x = x.float().flatten(0, -2)
     return x.mean(0).square().sum() / x.square().sum(1).mean()

@@ -44,7 +44,7 @@ def _fusible(f):
                 return compiled()(x, *args)
             except Exception as error:  # compiler errors have no common type
                 _fused = False
-                reason = str(error).strip().splitlines()[0]
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 warnings.warn(f"FP4 goes on in plain PyTorch, slowly: {reason}", stacklevel=2)
         return f(x, *args)
 
@@ -218,10 +218,10 @@ def quantize(x, *, block=(1, 16), stochastic=False, seed=None, headroom=False):
     bit."""
     if block not in BLOCKS:
         raise ValueError(f"block {block} is not one of {list(BLOCKS)}")
-    if x.ndim != 2 or x.numel() == 0 or x.shape[1] % block[1]:
+    if x.ndim != 2 or x.numel() == 0 or x.shape[1] % block[1] or not x.is_floating_point():
         raise ValueError(
-            f"cannot quantize shape {tuple(x.shape)} in {block} blocks: not a matrix, "
-            f"empty, or its columns no multiple of {block[1]}"
+            f"cannot quantize {x.dtype} of shape {tuple(x.shape)} in {block} blocks: not floats, "
+            f"not a matrix, empty, or its columns no multiple of {block[1]}"
         )
     rows = x.shape[0]
     x = x.detach().float()  # a plain tensor: one compiled graph for weights and activations
@@ -251,6 +251,7 @@ def fuse():
     _fused = True
     torch._dynamo.config.recompile_limit = 64  # a graph for each block, rounding and layout
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         quantize(torch.ones(32, 32), block=(16, 16))
     if _fused:
         return "FP4: passes fused by torch.compile"

@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import Parser, UserError, script
-from experiments.report import label, metrics, summary
+from experiments.report import label, results, summary
 from fp4 import quantize
-from run import read_json
+from run import read_json, read_metrics
 
 HERE = Path(__file__).resolve().parent
 STYLES = {
@@ -232,7 +232,7 @@ def loss_curves(runs):
     """{precision: {"train": [[step, mean of SMOOTH losses], ...], "val": [[step, loss], ...]}}."""
     curves = {}
     for run in runs:
-        records, train = metrics(run), []
+        records, train = read_metrics(run), []
         losses = [(m["step"], m["loss"]) for m in records if "loss" in m]
         for i in range(0, len(losses) - SMOOTH + 1, SMOOTH):
             steps, values = zip(*losses[i : i + SMOOTH], strict=True)
@@ -261,7 +261,9 @@ def main(argv=None):
     matplotlib.rcParams.update({"font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9})
     for path in found:
         for name, draw in FIGURES[path.stem].items():
-            draw(json.loads(path.read_text())).savefig(target / f"{name}.png", dpi=150)
+            with results(path) as stored:
+                figure = draw(stored)
+            figure.savefig(target / f"{name}.png", dpi=150)
             print(target / f"{name}.png")
 
 
