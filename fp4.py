@@ -13,10 +13,10 @@ NVFP4 stores an operand of such a product in 4.5 bits a value (arXiv 2509.25149,
     block scale    E4M3, one for 16 neighbouring values along the axis that the GEMM contracts
     tensor scale   FP32, one per tensor, such that the largest block scale is 448, E4M3's maximum
 
-So one large value costs its 15 neighbours their resolution. In language models large values are
-seldom accidents: the activations of all tokens share a vector, their mean, and where models are
-large it is (arXiv 2603.10444). A feature with a large mean sets the scale of its block in every
-row, and what tells tokens apart is rounded coarsely. The remedy is one subtraction. With μ the mean
+So one large value costs its 15 neighbours their resolution. The activations of all tokens share a
+component, their mean, and in large models it is reported to be large (arXiv 2603.10444). A feature
+with a large mean sets the scale of its block in every row, and what tells tokens apart is rounded
+coarsely. The remedy is one subtraction. With μ the mean
 of X over its tokens, ν the mean of D, both rows, and 1 the column of T ones,
 
     X = 1 μ + R      D = 1 ν + S
@@ -25,12 +25,12 @@ of X over its tokens, ν the mean of D, both rows, and 1 the column of T ones,
     dgrad   dX = 1 (ν W)  + S~ W~
     wgrad   dW = T νᵀ μ   + S~ᵀ R~
 
-Of X and D only the residuals R and S are rounded. Their columns add up to zero, so wgrad's mixed
-terms νᵀ (1ᵀ R) and (Sᵀ 1) μ are zero and left out. The means stay in FP32. In fprop and dgrad they
+Of X and D only the residuals R and S are rounded. Their columns add up to zero, so wgrad's cross
+terms νᵀ (1ᵀ R) and (Sᵀ 1) μ are zero; rounded they would be noise, and are left out. The means stay in FP32. In fprop and dgrad they
 meet the unrounded W, in a matrix-vector product: 1/T of the work of the GEMM. There precision is
 cheap, and it counts: an error in a mean is the same for every token and does not average out.
 
-The rest follows NVIDIA's recipe, without its Hadamard transform. W is rounded in 16 x 16 blocks, so
+Blocks and rounding follow NVIDIA's recipe (arXiv 2509.25149), without its Hadamard transform. W is rounded in 16 x 16 blocks, so
 that fprop and dgrad see the same numbers. For wgrad, which contracts over tokens, X and D are
 rounded a second time, from the unrounded values, with blocks along tokens. Gradients are rounded
 stochastically, all else to nearest. To backward, rounding is the identity.
@@ -71,10 +71,12 @@ def center_quantize(x, center, rowwise=True, columnwise=True, seeds=None, headro
     rowwise     (T, m) in 1 x 16 blocks
     columnwise  (T, m) in 16 x 1 blocks, along tokens
 
-    seeds: int32 (2,), to round stochastically, with headroom if that is set; None: to nearest."""
-    x, options = x.float(), [{}, {}]
+    seeds: int32 (2,), one each, to round stochastically; None: to nearest. headroom: see
+    `quantize`, of stochastic rounding alone."""
+    x = x.float()
     mean = x.mean(0, keepdim=True) if center else None
     x = x - mean if center else x
+    options = [{}, {}]
     if seeds is not None:
         options = [{"stochastic": True, "seed": seed, "headroom": headroom} for seed in seeds]
     row = quantize(x, **options[0]) if rowwise else None
@@ -88,8 +90,8 @@ def quantize_weight(w):
 
 
 def gemm(a, b, dtype, row=None, column=None):
-    """The product of two NVFP4 matrices, (M, K) by (K, N), plus column (M, 1), ones by default,
-    times row (1, N), accumulated in FP32, in dtype."""
+    """a b + column row, (M, N) in dtype, of NVFP4 a (M, K) and b (K, N), row (1, N) and column
+    (M, 1), ones by default; without a row no such term. Accumulated in FP32."""
     y = _mm(a.values(), b.values()).mul_(a.tensor_scale * b.tensor_scale)
     if row is not None:
         y = y.add_(row) if column is None else y.addcmul_(column, row)
@@ -144,8 +146,8 @@ class _LinearBF16(torch.autograd.Function):
 
 
 class _LinearFP4(torch.autograd.Function):
-    """The three GEMMs with NVFP4 operands (W4A4G4). center: the means of X and D are taken off
-    before, and added after."""
+    """The three GEMMs with NVFP4 operands. center: the means of X and D are taken off before, and
+    their products added after."""
 
     @staticmethod
     def forward(ctx, x, w, center):  # x (T, m), w (n, m)
@@ -168,7 +170,7 @@ class _LinearFP4(torch.autograd.Function):
     def backward(ctx, d):  # (T, n)
         need_dx, need_dw, _ = ctx.needs_input_grad
         f, saved, (tokens, n) = ops(d.device), ctx.saved_tensors, d.shape
-        seeds = draw_seeds(3, d.device)  # two for S~; a recipe that rounds ν has use for a third
+        seeds = draw_seeds(3, d.device)  # a third, so that recipes that round ν share the first two
         nu, s, s_t = f.center_quantize(d, ctx.center, need_dx, need_dw, seeds[:2])
         dx = dw = None
 
@@ -182,7 +184,8 @@ class _LinearFP4(torch.autograd.Function):
         if need_dw:
             mu, *r_t = saved[-4:]
             r_t = NVFP4(*r_t, block=(16, 1), rows=tokens)
-            dw = f.gemm(s_t.t(), r_t, ctx.dtype, mu, tokens * nu.t() if ctx.center else None)
+            column = tokens * nu.t() if ctx.center else None
+            dw = f.gemm(s_t.t(), r_t, ctx.dtype, mu, column)
         return dx, dw, None
 
 
@@ -231,9 +234,9 @@ class FP4Linear(torch.nn.Linear):
     """`nn.Linear` (..., in_features) -> (..., out_features) whose three GEMMs follow a recipe.
 
     recipe: a name in RECIPES, or a function of X and W as there. Weights and inputs are of any
-    float dtype, taken in FP32; the output has the input's. In NVFP4, ValueError where features are
-    no multiple of 16; RuntimeError for an input of another width or no floats. torch.autocast is
-    off inside, as it would round the means; so would TF32. Rounding noise comes from the device's
+    float dtype, taken in FP32; the output has the input's. Raises ValueError if a width is no
+    multiple of 16, but for fp32 and bf16; RuntimeError for an input of another width, or not of
+    floats. torch.autocast is off inside, as it would round the means; so would TF32. Rounding noise comes from the device's
     default generator, in backward."""
 
     def __init__(self, in_features, out_features, bias=True, recipe="fp4_mean", **kwargs):
@@ -246,7 +249,7 @@ class FP4Linear(torch.nn.Linear):
             due = f"(..., {self.in_features}) of floats"
             raise RuntimeError(f"input {tuple(x.shape)} of {x.dtype} is not {due}")
         tokens, w = x.reshape(-1, self.in_features), self.weight
-        if not torch.is_grad_enabled():  # else needs_input_grad asks for what no backward will use
+        if not torch.is_grad_enabled():  # needs_input_grad is True there all the same
             tokens, w = tokens.detach(), w.detach()
         recipe = self.recipe if len(tokens) else linear_fp32  # nothing to round, nor to average
         with torch.autocast(x.device.type, enabled=False):
@@ -258,8 +261,8 @@ class FP4Linear(torch.nn.Linear):
 
 
 def convert(model, recipe="fp4_mean", keep=("lm_head",)):
-    """Make every nn.Linear in a model, or the model itself, an FP4Linear, in place, but for those
-    whose names end in one of keep, and subclasses. Parameters, hooks and modes stay; converting
+    """Make every nn.Linear in a model, or the model itself, an FP4Linear, in place. Skips names that
+    end in one of keep, and subclasses of nn.Linear. Parameters, hooks and modes stay; converting
     again changes the recipe. Returns the model; ValueError, and nothing is changed, where a width
     does not fit."""
     recipe, names = _recipe(recipe), {}
@@ -278,7 +281,7 @@ def convert(model, recipe="fp4_mean", keep=("lm_head",)):
 
 def mean_share(x):
     """||μ||² / E||x||² of x (..., m), a scalar tensor in [0, 1]: the share of the mean over tokens
-    in the energy; NaN for zeros. Of T tokens with nothing in common it is about 1/T. arXiv
-    2603.10444 calls its square root R."""
+    in the energy; NaN for zeros. About 1/T for T random tokens. arXiv 2603.10444 calls its
+    square root R."""
     x = x.float().flatten(0, -2)
     return x.mean(0).square().sum() / x.square().sum(1).mean()
