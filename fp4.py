@@ -26,14 +26,15 @@ of X over its tokens, ν the mean of D, both rows, and 1 the column of T ones,
     wgrad   dW = T νᵀ μ   + S~ᵀ R~
 
 Of X and D only the residuals R and S are rounded. Their columns add up to zero, so wgrad's cross
-terms νᵀ (1ᵀ R) and (Sᵀ 1) μ are zero; rounded they would be noise, and are left out. The means stay in FP32. In fprop and dgrad they
-meet the unrounded W, in a matrix-vector product: 1/T of the work of the GEMM. There precision is
-cheap, and it counts: an error in a mean is the same for every token and does not average out.
+terms νᵀ (1ᵀ R) and (Sᵀ 1) μ are zero; rounded they would be noise, and are left out. The means stay
+in FP32. In fprop and dgrad they meet the unrounded W, in a matrix-vector product: 1/T of the work
+of the GEMM. There precision is cheap, and it counts: an error in a mean is the same for every token
+and does not average out.
 
-Blocks and rounding follow NVIDIA's recipe (arXiv 2509.25149), without its Hadamard transform. W is rounded in 16 x 16 blocks, so
-that fprop and dgrad see the same numbers. For wgrad, which contracts over tokens, X and D are
-rounded a second time, from the unrounded values, with blocks along tokens. Gradients are rounded
-stochastically, all else to nearest. To backward, rounding is the identity.
+Blocks and rounding follow NVIDIA's recipe (arXiv 2509.25149), without its Hadamard transform. W is
+rounded in 16 x 16 blocks, so that fprop and dgrad see the same numbers. For wgrad, which contracts
+over tokens, X and D are rounded a second time, from the unrounded values, with blocks along tokens.
+Gradients are rounded stochastically, all else to nearest. To backward, rounding is the identity.
 
 On hardware without FP4 units this is emulated, exactly: E2M1 times E4M3 has at most 6 significant
 bits and so fits BF16. A BF16 product with FP32 accumulation over such values, times the two tensor
@@ -236,8 +237,8 @@ class FP4Linear(torch.nn.Linear):
     recipe: a name in RECIPES, or a function of X and W as there. Weights and inputs are of any
     float dtype, taken in FP32; the output has the input's. Raises ValueError if a width is no
     multiple of 16, but for fp32 and bf16; RuntimeError for an input of another width, or not of
-    floats. torch.autocast is off inside, as it would round the means; so would TF32. Rounding noise comes from the device's
-    default generator, in backward."""
+    floats. torch.autocast is off inside, as it would round the means; so would TF32. Rounding
+    noise comes from the device's default generator, in backward."""
 
     def __init__(self, in_features, out_features, bias=True, recipe="fp4_mean", **kwargs):
         super().__init__(in_features, out_features, bias, **kwargs)
@@ -261,10 +262,10 @@ class FP4Linear(torch.nn.Linear):
 
 
 def convert(model, recipe="fp4_mean", keep=("lm_head",)):
-    """Make every nn.Linear in a model, or the model itself, an FP4Linear, in place. Skips names that
-    end in one of keep, and subclasses of nn.Linear. Parameters, hooks and modes stay; converting
-    again changes the recipe. Returns the model; ValueError, and nothing is changed, where a width
-    does not fit."""
+    """Make every nn.Linear in a model, or the model itself, an FP4Linear, in place. Skips names
+    that end in one of keep, and subclasses of nn.Linear. Parameters, hooks and modes stay;
+    converting again changes the recipe. Returns the model; ValueError, and nothing is changed,
+    where a width does not fit."""
     recipe, names = _recipe(recipe), {}
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     for name, module in model.named_modules(remove_duplicate=False):

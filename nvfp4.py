@@ -59,7 +59,7 @@ def _tile(x, block):
 
 @_fusible
 def _block_amax(x, block):
-    """Per block, its axes kept: the largest magnitude (NaN if any is NaN), and that without NaNs."""
+    """Per block, its axes kept: the largest magnitude (NaN if any is), and that without NaNs."""
     a, axes = _tile(x, block).abs(), BLOCKS[block]
     number = torch.where(a == a, a, 0.0)  # isnan is not vectorized, and five times slower
     return a.amax(axes, keepdim=True), number.amax(axes, keepdim=True)
