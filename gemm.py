@@ -223,9 +223,12 @@ def along(q, axis):
     return (q.codes if q.codes_t is None else q.codes_t).t(), scales.t()
 
 
-def gemm(a, b, dtype, left=None, right=None):
+def gemm(a, b, dtype, row=None, column=None):
     """`fp4.gemm`: (M, K) by (K, N), both packed along K."""
-    part = (None, None) if right is None else (left[:, 0], right[0])
+    (a_codes, a_scales), left, right = along(a, 1), None, None
+    if row is not None:
+        ones = row.new_ones(1, 1).expand(len(a_codes), 1)
+        left, right = (ones if column is None else column)[:, 0], row[0]
     high = dtype if dtype == torch.bfloat16 else torch.float32
     scales = a.tensor_scale, b.tensor_scale
-    return gemm_op(*along(a, 1), *along(b, 0), *scales, *part, high).to(dtype)
+    return gemm_op(a_codes, a_scales, *along(b, 0), *scales, left, right, high).to(dtype)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemm import _cdiv, _decode_scale, _float, backend, gemm  # noqa: F401 (two for `fp4.passes`)
+from gemm import _cdiv, _decode_scale, _float, backend, gemm  # noqa: F401 (two for `fp4.ops`)
 from nvfp4 import NVFP4
 
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)

@@ -224,6 +224,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 fresh = logits.argmax(-1, keepdim=True)
             else:
+                logits -= logits.amax(-1, keepdim=True)  # a tiny temperature makes no inf - inf
                 p = F.softmax(logits / temperature, -1)
                 fresh = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
             tokens = torch.cat((tokens, fresh), 1)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 16
-BLOCKS = {(1, 16): (2,), (16, 1): (1,), (16, 16): (1, 3)}  # and a block's axes in `_tile`
+BLOCKS = {(1, 16): (2,), (16, 1): (1,), (16, 16): (1, 3)}  # block: its axes in a `_tile`d matrix
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 FP32_MAX = torch.finfo(torch.float32).max
 _fused = False  # set by `fuse`
@@ -44,7 +44,7 @@ def _fusible(f):
                 return compiled()(x, *args)
             except Exception as error:  # compiler errors have no common type
                 _fused = False
-                reason = str(error).strip().splitlines()[0]
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 warnings.warn(f"FP4 goes on in plain PyTorch, slowly: {reason}", stacklevel=2)
         return f(x, *args)
 
@@ -59,8 +59,7 @@ def _tile(x, block):
 
 @_fusible
 def _block_amax(x, block):
-    """Of each block the largest magnitude, NaN if it holds one, and the largest that is no NaN. The
-    axes of a block are kept."""
+    """Per block, its axes kept: the largest magnitude (NaN if any is), and that without NaNs."""
     a, axes = _tile(x, block).abs(), BLOCKS[block]
     number = torch.where(a == a, a, 0.0)  # isnan is not vectorized, and five times slower
     return a.amax(axes, keepdim=True), number.amax(axes, keepdim=True)
@@ -75,7 +74,8 @@ def e4m3_round(x):
 
 
 def _tensor_scales(amax):
-    """FP32 scalars: the tensor scale amax / 2688, its inverse S_enc, and the inverse of that.
+    """FP32 scalars: the tensor scale amax / 2688; S_enc = 2688 / amax, 1 for zeros; and 1 / S_enc,
+    which differs from the first by a rounding.
 
     The operations and their order, here and below, are NVIDIA's, each one FP32 rounding. Divisions
     are tensor by tensor: PyTorch turns `2688.0 / tensor` into a reciprocal and a product, two
@@ -115,8 +115,8 @@ def _encode(x, inverse, block, key):
     """4-bit codes, one a byte, in blocks: sign in bit 3 and magnitude 0..7, to nearest even if key
     is None. All codes of a NaN block are 7.
 
-    The codes 0..7 of 0 .5 1 1.5 2 3 4 6 lie on the lower envelope of three lines, min(2a, a + 2,
-    a/2 + 4), whose corners are codes. Rounding each line to even rounds E2M1 to even."""
+    Code min(2a, a + 2, a/2 + 4) is that of magnitude a: spacing is 1/2 up to 2, 1 up to 4, 2 up to
+    6. Rounding each of the three lines to even rounds E2M1 to even."""
     y = _tile(x, block) * inverse
     y = torch.where(y == y, y, E2M1_MAX)
     a = torch.where(y.abs() < E2M1_MAX, y.abs(), E2M1_MAX)
@@ -218,10 +218,10 @@ def quantize(x, *, block=(1, 16), stochastic=False, seed=None, headroom=False):
     bit."""
     if block not in BLOCKS:
         raise ValueError(f"block {block} is not one of {list(BLOCKS)}")
-    if x.ndim != 2 or x.numel() == 0 or x.shape[1] % block[1]:
+    if x.ndim != 2 or x.numel() == 0 or x.shape[1] % block[1] or not x.is_floating_point():
         raise ValueError(
-            f"cannot quantize shape {tuple(x.shape)} in {block} blocks: not a matrix, "
-            f"empty, or its columns no multiple of {block[1]}"
+            f"cannot quantize {x.dtype} of shape {tuple(x.shape)} in {block} blocks: not floats, "
+            f"not a matrix, empty, or its columns no multiple of {block[1]}"
         )
     rows = x.shape[0]
     x = x.detach().float()  # a plain tensor: one compiled graph for weights and activations
@@ -251,6 +251,7 @@ def fuse():
     _fused = True
     torch._dynamo.config.recompile_limit = 64  # a graph for each block, rounding and layout
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         quantize(torch.ones(32, 32), block=(16, 16))
     if _fused:
         return "FP4: passes fused by torch.compile"

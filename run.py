@@ -5,7 +5,9 @@ a function of (seed, purpose, step, rank) alone.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -42,7 +44,7 @@ class Config(ModelConfig):
     beta1: float = knob(0.9, "AdamW", low=0)
     beta2: float = knob(0.95, "AdamW", low=0)
     grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", low=0)
-    eval_interval: int = knob(80, "steps between checkpoints, each followed by an evaluation")
+    eval_interval: int = knob(80, "steps between evaluations, each followed by a checkpoint")
     eval_windows: int = knob(128, "validation sequences, evenly spaced, always the same")
     log_interval: int = knob(10, "steps between progress lines")
     keep: bool = knob(False, "keep the checkpoint of every evaluation, as step-N.pt")
@@ -105,8 +107,14 @@ def parse(doc, argv):
 
 def read_config(path):
     """A JSON object of Config's names as a dict. UserError for anything else."""
+    return check_values(path, read_json(path))
+
+
+def check_values(path, values):
+    """A dict of Config's names and values of their types, as read from a file, with today's names.
+    UserError for anything else."""
     types = {f.name: f.type for f in dataclasses.fields(Config)}
-    values = {RENAMED.get(name, name): value for name, value in read_json(path).items()}
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
     for name, value in values.items():
         if name not in types:
             raise UserError(f"{path}: unknown name {name!r}")
@@ -160,9 +168,12 @@ class World:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {device}: PyTorch sees no CUDA GPU here")
-        self.device = torch.device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        try:
+            self.device = torch.device(device)
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+        except RuntimeError:
+            raise UserError(f"--device {device}: there is no such device here") from None
         if self.size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
@@ -176,6 +187,16 @@ class World:
     def share(self, rows):
         return rows[self.rank * len(rows) // self.size : (self.rank + 1) * len(rows) // self.size]
 
+    def first(self, f, *args):
+        """Rank 0 calls f, the others wait for it. Where it fails, all end."""
+        failure = None
+        try:
+            f(*args) if self.rank == 0 else None
+        except (ValueError, OSError) as error:
+            failure = error
+        if self.mean(torch.tensor(float(failure is not None), device=self.device)):
+            raise failure or UserError("rank 0 failed, see its error")
+
     def wait(self):
         if self.size > 1:
             dist.barrier()
@@ -185,7 +206,9 @@ class World:
             print(*args, flush=True)
 
     def lock(self, folder):
-        """Hold a run's folder, until `close` or the process ends; UserError if another has it."""
+        """Make and hold a run's folder, until `close` or the end of the process; UserError if
+        another process has it."""
+        folder.mkdir(parents=True, exist_ok=True)
         self.held = filelock.FileLock(folder / ".lock", timeout=0)
         try:
             self.held.acquire()
@@ -197,6 +220,13 @@ class World:
             self.held.release()
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def write_text(path, text):
+    """Atomic, as `save`."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def save(path, state):
@@ -223,12 +253,34 @@ def read_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is cut short or not a checkpoint") from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
-    missing = {"step", "config", "model", "optimizer"} - state.keys()
-    if missing:
-        raise UserError(f"{path} has no {', '.join(sorted(missing))}")
-    then = {RENAMED.get(name, name): value for name, value in state["config"].items()}
-    state["config"] = {**dataclasses.asdict(Config()), **then}  # an older run has fewer names
+    kinds = {"step": int, "config": dict, "model": dict, "optimizer": (dict, type(None))}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name, ...), kind):
+            raise UserError(f"{path} has no {name}, or none that fits")
+    defaults = dataclasses.asdict(Config())  # for knobs that are younger than the checkpoint
+    state["config"] = defaults | check_values(path, state["config"])
     return state
+
+
+def load_weights(path, state, model):
+    """The weights of a checkpoint into a model of its config; UserError if they do not fit."""
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError):
+        raise UserError(f"{path}: its weights do not fit its config") from None
+
+
+def read_metrics(folder):
+    """The records of a run's metrics.jsonl: what is damaged, or torn by a kill, is left out."""
+    path, records = Path(folder) / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and all(
+                is_a(v, float) for v in {"step": "", **record}.values()
+            ):
+                records.append(record)
+    return records
 
 
 def load_model(path, device="cpu", precision=None):
@@ -245,8 +297,9 @@ def load_model(path, device="cpu", precision=None):
         **{f.name: state["config"][f.name] for f in dataclasses.fields(ModelConfig)}
     )
     config.precision = precision or config.precision
+    config.check()
     model = GPT(config).to(device)
-    model.load_state_dict(state["model"])
+    load_weights(path, state, model)
     return model.eval(), state["config"]
 
 

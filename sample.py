@@ -35,8 +35,9 @@ def main(argv=None):
     model, config = load_model(args.out_dir, device, args.precision)
     encoding = encoding_of(config)
     start = encoding.encode(args.prompt, allowed_special="all") or [encoding.eot_token]
-    generator = torch.Generator().manual_seed(args.seed)
-    torch.manual_seed(args.seed)  # for recipes that round at random
+    seed = args.seed % 2**63
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # for recipes that round at random
     for _ in range(args.samples):
         tokens = torch.tensor([start], device=device)
         tokens = model.generate(tokens, args.tokens, args.temperature, args.top_k, generator)

@@ -1,6 +1,6 @@
 """Pretrain a GPT in NVFP4, BF16, or any other recipe, on one CPU, one GPU or several.
 
-    python train.py --precision fp4_mean              on a CPU the nano preset, about 4 minutes
+    python train.py --precision fp4_mean              on a CPU the nano preset, about 5 minutes
     python train.py --preset 124m --dataset fineweb
     python train.py --init hf/smollm2 --dataset shakespeare-smollm2 --learning-rate 1e-4
     python train.py --resume --out-dir out/nano-fp4_mean
@@ -38,10 +38,13 @@ from run import (
     encoding_of,
     generator_for,
     load_model,
+    load_weights,
     parse,
     read_checkpoint,
+    read_metrics,
     save,
     seed_for,
+    write_text,
 )
 
 FREE_ON_RESUME = {
@@ -142,17 +145,21 @@ def resume_run(out, config, model, optimizer, world):
     if changed:
         pairs = ", ".join(f"{k} {then.get(k)} is not {now[k]}" for k in changed)
         raise UserError(f"the checkpoint has another config: {pairs}. HINT: use another --out-dir")
-    model.load_state_dict(state["model"])
+    load_weights(out / "checkpoint.pt", state, model)
     if state["optimizer"]:  # else weights that came from elsewhere
-        optimizer.load_state_dict(state["optimizer"])
-
-    metrics, step, file = [], state["step"], out / "metrics.jsonl"
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged, or torn by a kill
-            metrics += [m for m in [json.loads(line)] if m["step"] < step]
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError):
+            raise UserError(
+                f"{out}/checkpoint.pt: its optimizer's state does not fit its config"
+            ) from None
+    step = state["step"]
+    metrics = [m for m in read_metrics(out) if m["step"] < step]
     lost = step - sum("loss" in m for m in metrics)
     if lost:
-        world.print(f"{file} has lost {lost} of {step} steps: loss.png will have a gap")
+        world.print(
+            f"{out}/metrics.jsonl has lost {lost} of {step} steps: loss.png will have a gap"
+        )
     return step, metrics
 
 
@@ -203,16 +210,9 @@ def train(config, resume, world):
             f"batch_size {config.batch_size} does not split into {world.size} processes "
             f"times grad_accum {config.grad_accum}"
         )
-    if not resume and (out / "checkpoint.pt").exists():
-        raise UserError(
-            f"{out} holds another run. HINT: --resume goes on with it, --out-dir names "
-            "another folder"
-        )
 
     # data
-    if world.rank == 0:
-        prepare_if_missing(config.dataset)
-    world.wait()
+    world.first(prepare_if_missing, config.dataset)
     train_tokens, val_tokens = load(config.dataset, "train"), load(config.dataset, "val")
     weights = initial_weights(config, train_tokens) if config.init and not resume else None
     config.vocab_size = config.vocab_size or -(-train_tokens.vocab_size // 64) * 64
@@ -231,14 +231,19 @@ def train(config, resume, world):
         model.load_state_dict(weights)
     model = model.to(device)
     optimizer = make_optimizer(model, config)
+    world.first(world.lock, out)  # before anything in it is read
+    if not resume and (out / "checkpoint.pt").exists():
+        raise UserError(
+            f"{out} holds another run. HINT: --resume goes on with it, --out-dir names "
+            "another folder"
+        )
     step, metrics = 0, []
     if resume:
         step, metrics = resume_run(out, config, model, optimizer, world)
+    world.wait()  # all have read
     if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        world.lock(out)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+        write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        write_text(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
 
     # what runs, and how fast it could
     parameters = sum(p.numel() for p in model.parameters())
@@ -263,10 +268,17 @@ def train(config, resume, world):
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
+    def checkpoint(due):
+        state = {"format": CHECKPOINT_FORMAT, "step": step, "config": dataclasses.asdict(config)}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save(out / "checkpoint.pt", state)
+        if config.keep and due:
+            shutil.copy(out / "checkpoint.pt", out / f"step-{step}.pt")
+
     def diverged(what):
+        saved = f"{out}/checkpoint.pt is the last good state" if step else "nothing is saved"
         return UserError(
-            f"step {step}: {what}; {out}/checkpoint.pt is the last good state. HINT: a lower "
-            "--learning-rate or more --warmup-steps"
+            f"step {step}: {what}; {saved}. HINT: a lower --learning-rate or more --warmup-steps"
         )
 
     interrupted = []
@@ -282,16 +294,8 @@ def train(config, resume, world):
             val_loss = evaluate(model, val_tokens, config, world)
             if not math.isfinite(val_loss):
                 raise diverged(f"val loss {val_loss}")
-        if (due or stop) and world.rank == 0:
-            state = {
-                "format": CHECKPOINT_FORMAT,
-                "step": step,
-                "config": dataclasses.asdict(config),
-            }
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save(out / "checkpoint.pt", state)
-            if config.keep and due:
-                shutil.copy(out / "checkpoint.pt", out / f"step-{step}.pt")
+        if due or stop:
+            world.first(checkpoint, due)
         if due:
             share = mean_share(model, share_ids)
             log(step=step, val_loss=val_loss, mean_share=share)

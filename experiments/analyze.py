@@ -24,7 +24,7 @@ import fp4
 from cli import Parser, UserError, number, script
 from data.shards import load, prepare_if_missing
 from experiments.recipes import RECIPES, AddedMean, rotate_tokens
-from experiments.report import markdown
+from experiments.report import markdown, results
 from nvfp4 import _unpack, quantize
 from run import World, load_model
 
@@ -401,17 +401,6 @@ def tables(stage):
     yield markdown(("recipe", "relative error", "bias", "noise", "cosine", "worst linear"), rows)
 
 
-def read_stages(path):
-    """What --json wrote; UserError for anything else."""
-    try:
-        stages = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(stages, list) or "remedies" not in stages[-1]:
-        raise UserError(f"{path} is not what --json wrote")
-    return stages
-
-
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="path", help="see above")
@@ -425,7 +414,8 @@ def main(argv=None):
     if path.suffix == ".json":
         if args != parser.parse_args([str(path)]):
             raise UserError(f"{path} holds numbers: it takes no other argument")
-        stages = read_stages(path)
+        with results(path) as stages:
+            print("\n\n".join(tables(stages[-1])))
     else:
         device, stages = World(args.device).device, []
         print(fp4.backend(device), flush=True)
@@ -438,7 +428,7 @@ def main(argv=None):
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(rounded(stages), separators=(",", ":")) + "\n")
-    print("\n\n".join(tables(stages[-1])))
+        print("\n\n".join(tables(stages[-1])))
 
 
 if __name__ == "__main__":

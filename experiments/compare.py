@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import Parser, UserError, number, script
-from experiments.report import label, markdown, metrics, summary
-from run import Config, parse, read_config, read_json
+from experiments.report import label, markdown, results, summary
+from run import Config, parse, read_config, read_metrics
 
 ROOT, OUT = Path(__file__).resolve().parents[1], Path("out")
 
@@ -91,7 +91,7 @@ def check_same(out, config):
 
 def finished(out, steps):
     """The evaluations of a run that has made all its steps, else []."""
-    evaluations = [m for m in metrics(out) if "val_loss" in m]
+    evaluations = [m for m in read_metrics(out) if "val_loss" in m]
     return evaluations if evaluations and evaluations[-1]["step"] == steps else []
 
 
@@ -158,6 +158,14 @@ def run_all(name, preset, seeds, steps):
     return {"preset": preset, "steps": steps, "base": EXPERIMENTS[name]["base"], "runs": records}
 
 
+def show(stored):
+    """Print the table of an experiment's results."""
+    rows = summary(stored["runs"], stored["base"])
+    seeds = f"{rows[0]['seeds']} seed{'s' * (rows[0]['seeds'] > 1)}"
+    print(f"\n{Path(stored['preset']).stem}, {stored['steps']} steps, {seeds}\n")
+    print(table(rows, stored["base"]))
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     names = ", ".join(EXPERIMENTS)
@@ -174,18 +182,14 @@ def main(argv=None):
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(compact(stored))
+        show(stored)
     elif not args.experiment.endswith(".json"):
         raise UserError(f"{args.experiment!r} is not one of {names}, and no .json file")
     elif args != parser.parse_args([args.experiment]):
         raise UserError(f"{args.experiment} holds numbers: it takes no other argument")
     else:
-        stored = read_json(args.experiment)
-        if "base" not in stored:
-            raise UserError(f"{args.experiment} is not what --json wrote")
-    rows = summary(stored["runs"], stored["base"])
-    seeds = f"{rows[0]['seeds']} seed{'s' * (rows[0]['seeds'] > 1)}"
-    print(f"\n{Path(stored['preset']).stem}, {stored['steps']} steps, {seeds}\n")
-    print(table(rows, stored["base"]))
+        with results(args.experiment) as stored:
+            show(stored)
 
 
 if __name__ == "__main__":

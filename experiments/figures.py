@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's need not be installed here
 import matplotlib
@@ -22,8 +23,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import Parser, UserError, script
-from experiments.report import label, metrics, summary
-from run import read_json
+from experiments.report import label, results, summary
+from fp4 import quantize
+from run import read_json, read_metrics
 
 HERE = Path(__file__).resolve().parent
 STYLES = {
@@ -149,25 +151,35 @@ def draw_nano(stored):
 
 
 def draw_stripes(stages):
-    """A layer's input, also with a strong mean, and what centering leaves of either, on one colour
-    scale."""
+    """A layer's input with a strong mean, added by hand; what tells its tokens apart; and the error
+    of NVFP4 on that, as it is and centered."""
     largest = stages[-1]["largest"]
-    images = {rms: np.array(image["x"]) for rms, image in largest["images"].items()}
-    share = {rms: f"{image['share']:.0%} of the energy" for rms, image in largest["images"].items()}
+    (rms, image), mean = list(largest["images"].items())[-1], torch.tensor(largest["mean"])
+    x, own = torch.tensor(image["x"]), torch.tensor(largest["images"]["0"]["x"])
+    residual = own - mean  # an added mean leaves it as it is
+    errors = [quantize(t).dequantize() - t for t in (x, residual)]
+    size = own.square().mean().sqrt()
+    off = [
+        f"{error.square().mean().sqrt() / residual.square().mean().sqrt():.0%}" for error in errors
+    ]
     shown = {
-        f"before: the model's own mean,\n{share['0']}": images["0"],
-        f"before, artificial: 4 RMS of mean\nadded, {share['4']}": images["4"],
-        "after: either of them\nwithout its mean": images["0"] - np.array(largest["mean"]),
+        f"input, {rms} RMS of mean added\n(artificial)": (x, 3),
+        "what tells tokens apart:\nthe input less its mean": (residual, 3),
+        f"error of NVFP4:\n{off[0]} of what tells them apart": (errors[0], 1),
+        f"error of NVFP4 after centering:\n{off[1]}": (errors[1], 1),
     }
-    limit = 3 * np.sqrt(np.square(images["0"]).mean())
-    figure, axes = panels(10, 4, 3, sharey=True)
-    for ax, (title, x) in zip(axes, shown.items(), strict=True):
+    figure, axes = panels(11, 3.1, 4, sharey=True)
+    for ax, (title, (values, limit)) in zip(axes, shown.items(), strict=True):
         extent = (largest["first"], largest["first"] + x.shape[1], len(x), 0)
-        image = ax.imshow(x, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
-        ax.set(title=title)
+        drawn = ax.imshow(values / size, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+        ax.set_title(title, fontsize=9)
+        if ax in axes[1::2]:
+            bar = figure.colorbar(
+                drawn, ax=axes[:2] if limit == 3 else axes[2:], shrink=0.7, pad=0.01
+            )
+            bar.set_label("RMS of the model's own input", fontsize=8)
     axes[0].set(ylabel="token")
-    axes[1].set(xlabel=f"feature of the input of {largest['linear']}")
-    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
+    figure.supxlabel(f"feature of the input of {largest['linear']}", fontsize=9)
     return figure
 
 
@@ -220,7 +232,7 @@ def loss_curves(runs):
     """{precision: {"train": [[step, mean of SMOOTH losses], ...], "val": [[step, loss], ...]}}."""
     curves = {}
     for run in runs:
-        records, train = metrics(run), []
+        records, train = read_metrics(run), []
         losses = [(m["step"], m["loss"]) for m in records if "loss" in m]
         for i in range(0, len(losses) - SMOOTH + 1, SMOOTH):
             steps, values = zip(*losses[i : i + SMOOTH], strict=True)
@@ -249,7 +261,9 @@ def main(argv=None):
     matplotlib.rcParams.update({"font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9})
     for path in found:
         for name, draw in FIGURES[path.stem].items():
-            draw(json.loads(path.read_text())).savefig(target / f"{name}.png", dpi=150)
+            with results(path) as stored:
+                figure = draw(stored)
+            figure.savefig(target / f"{name}.png", dpi=150)
             print(target / f"{name}.png")
 
 

@@ -104,7 +104,7 @@ def rotate_tokens(x):
 def _split_quantize(x, variant, split, rowwise, columnwise, seeds):
     """x (T, m) as left (T, 1), right (1, m), and the residual in NVFP4 by row and by column, each
     None where not wanted. seeds int32 (2,): round stochastically."""
-    center_quantize = fp4.passes(x.device).center_quantize
+    center_quantize = fp4.ops(x.device).center_quantize
     noise = seeds, variant.headroom
     if split != "svd" and not variant.hadamard:
         mean, row, column = center_quantize(x, split == "mean", rowwise, columnwise, *noise)
@@ -133,7 +133,7 @@ class _LinearVariant(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, variant):  # x (T, m), w (n, m)
         need_dx, need_dw, _ = ctx.needs_input_grad
-        f, noisy_mean = fp4.passes(x.device), variant.mean_format == "nvfp4_sr"
+        f, noisy_mean = fp4.ops(x.device), variant.mean_format == "nvfp4_sr"
         seeds = draw_seeds(3, x.device) if variant.stochastic_x or noisy_mean else None
         noise = seeds[:2] if variant.stochastic_x else None
         left, mu, r, r_t = _split_quantize(x, variant, variant.split, True, need_dw, noise)
@@ -147,11 +147,11 @@ class _LinearVariant(torch.autograd.Function):
         if mu is not None:
             mu = _round_mean(mu, variant, seeds[2] if noisy_mean else None)
             row = mu @ (w_q.dequantize() if variant.round_mean_weight else w.float()).t()
-        y = f.gemm(r, w_q.t(), x.dtype, left, row)
+        y = f.gemm(r, w_q.t(), x.dtype, row, left)
 
-        for_dx = w if mu is not None else None, *w_t.tensors(), w_t.codes_t
-        for_dw = (left, mu, *r_t.tensors()) if need_dw else (None,) * 5
-        ctx.save_for_backward(*(for_dx if need_dx else (None,) * 5), *for_dw)
+        for_dx = (w if mu is not None else None, *w_t.tensors(), w_t.codes_t) if need_dx else ()
+        for_dw = (left, mu, *r_t.tensors()) if need_dw else ()
+        ctx.save_for_backward(*for_dx, *for_dw)
         ctx.variant, ctx.dtype, ctx.block = variant, w.dtype, w_t.block
         ctx.rows = r_t.rows if need_dw else 0
         return y
@@ -160,29 +160,30 @@ class _LinearVariant(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d):  # (T, n)
         need_dx, need_dw, _ = ctx.needs_input_grad
-        variant, dx, dw = ctx.variant, None, None
-        w, *w_t, codes_t, left_x, mu, r_codes, r_scales, r_scale = ctx.saved_tensors
-        f, seeds = fp4.passes(d.device), draw_seeds(3, d.device)
+        variant, saved, dx, dw = ctx.variant, ctx.saved_tensors, None, None
+        f, seeds = fp4.ops(d.device), draw_seeds(3, d.device)
         split = variant.split if variant.split_grad else "none"
         left, nu, s, s_t = _split_quantize(d, variant, split, need_dx, need_dw, seeds[:2])
         nu = None if nu is None else _round_mean(nu, variant, seeds[2])
 
         # ------------ dgrad: dX (T, m) = left (ν W) + S~ W~ ------------
         if need_dx:
-            w_t = NVFP4(*w_t, ctx.block, d.shape[1], codes_t)
+            w, *w_t, codes_t = saved[:5]
+            w_t = NVFP4(*w_t, block=ctx.block, rows=d.shape[1], codes_t=codes_t)
             row = None
             if nu is not None:
                 row = nu @ (w_t.dequantize() if variant.round_mean_weight else w.float())
-            dx = f.gemm(s, w_t, d.dtype, left, row)
+            dx = f.gemm(s, w_t, d.dtype, row, left)
 
         # ------------ wgrad: dW (n, m) = νᵀ (left_dᵀ left_x) μ + S~ᵀ R~ ------------
         if need_dw:
-            r_t, outer = NVFP4(r_codes, r_scales, r_scale, (16, 1), ctx.rows), None
+            left_x, mu, *r_t = saved[-5:]
+            r_t, outer = NVFP4(*r_t, block=(16, 1), rows=ctx.rows), None
             if nu is not None:
                 outer = nu.t() * (len(d) if split == "mean" else (left * left_x).sum())
             elif mu is not None:
                 outer = d.float().t() @ left_x
-            dw = f.gemm(s_t.t(), r_t, mu.dtype if variant.cross_terms else ctx.dtype, outer, mu)
+            dw = f.gemm(s_t.t(), r_t, mu.dtype if variant.cross_terms else ctx.dtype, mu, outer)
             if variant.cross_terms:  # νᵀ (left_dᵀ R~) + (S~ᵀ left_x) μ
                 dw.addmm_(nu.t(), left.t() @ r_t.dequantize())
                 dw = dw.addmm_(s_t.t().dequantize() @ left_x, mu).to(ctx.dtype)

@@ -6,14 +6,21 @@ import math
 import statistics
 from pathlib import Path
 
+from cli import UserError
 
-def metrics(run):
-    """A run's metrics.jsonl as a list of dicts, without what a kill has torn; [] if it has none."""
-    path, records = Path(run) / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+
+@contextlib.contextmanager
+def results(path):
+    """The JSON that a script kept with --json, for a block that uses it; UserError where there is
+    none, or not what the block expects."""
+    try:
+        yield json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not what --json wrote: {type(error).__name__} {error}"
+        ) from None
 
 
 def markdown(columns, rows):

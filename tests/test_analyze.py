@@ -427,3 +427,10 @@ def test_an_error_is_one_line(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: cannot read ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", '[{"remedies": {}}]', "{}", "3", "x"])
+def test_a_json_of_another_kind_is_one_line(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x\.json is not what --json wrote"):
+        analyze.main([str(tmp_path / "x.json")])

@@ -19,7 +19,8 @@ from data.shards import write_dataset
 from data.vocab import encode, get_encoding
 from experiments import compare
 from experiments.recipes import RECIPES
-from experiments.report import metrics, summary
+from experiments.report import summary
+from run import read_metrics
 
 TINY = {
     "n_layer": 1, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "dim": 32, "ffn_dim": 48,
@@ -177,14 +178,14 @@ def test_ctrl_c_saves_and_is_one_line(small):
     argv = [sys.executable, "-c", code]
     process = subprocess.Popen(argv, env=env, stderr=-1, text=True, start_new_session=True)
     out = Path("out", "compare", "tiny-1000000", "bf16-0-1")
-    while not metrics(out) and process.poll() is None:
+    while not read_metrics(out) and process.poll() is None:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # to both processes, as a terminal does
     _, error = process.communicate(timeout=60)
     assert error == f"error: {out} was interrupted. HINT: the same command goes on with it\n"
     assert process.returncode == 1
     saved = train.read_checkpoint(out / "checkpoint.pt")["step"]
-    assert saved == sum("loss" in m for m in metrics(out)) > 0
+    assert saved == sum("loss" in m for m in read_metrics(out)) > 0
 
 
 def record(precision, added_mean, seed, loss, **more):
@@ -227,3 +228,13 @@ def test_committed_results_are_those_of_the_listed_settings(name, capsys):
     assert (
         f"\nmicro, {stored['steps']} steps, {experiment['seeds']} seed" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '{"base": "fp4"}', '{"base": "fp4", "runs": []}', '{"base": "fp4", "runs": [{}]}', "x"],
+)
+def test_a_json_of_another_kind_is_one_line(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x\.json is not what --json wrote"):
+        compare.main([str(tmp_path / "x.json")])

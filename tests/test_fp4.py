@@ -283,6 +283,16 @@ def test_another_width_is_refused_as_by_nn_linear(recipe):
     assert layer(recipe)(torch.randn(32)).shape == (48,)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_what_is_no_float_is_refused(dtype):
+    with pytest.raises(RuntimeError, match="of floats"):
+        layer("fp4")(torch.ones(4, 32).to(dtype))
+    with pytest.raises(RuntimeError, match="of floats"):
+        layer("fp4")(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="not floats"):
+        fp4.quantize(torch.ones(16, 16).to(dtype))
+
+
 @every_recipe
 @pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32)])
 def test_no_tokens(recipe, shape):
@@ -417,8 +427,22 @@ def test_convert_is_all_or_nothing():
     assert not any(isinstance(m, fp4.FP4Linear) for m in model.modules())
     with pytest.raises(ValueError, match="'fp5' is not one of fp32, bf16, fp4, fp4_mean"):
         fp4.convert(model, "fp5")
+    with pytest.raises(ValueError, match=r"5 is not one of .* nor a function"):
+        fp4.convert(model, 5)
     with pytest.raises(ValueError, match="'fp5' is not one of"):
         fp4.FP4Linear(32, 48, recipe="fp5")
+
+
+@every_recipe
+def test_autocast_changes_nothing(recipe):
+    linear, x, d = layer(recipe), torch.randn(32, 32), torch.randn(32, 48)
+    torch.manual_seed(1)
+    want = backward(linear, x, d)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear(x.requires_grad_())
+    got.backward(d)
+    assert torch.equal(got, want[0]) and torch.equal(x.grad, want[1])
 
 
 @every_recipe
@@ -435,4 +459,5 @@ def test_mean_share():
     x = torch.randn(64, 32)
     x = (x - x.mean(0)) / x.std(0, unbiased=False) + 3**0.5
     assert fp4.mean_share(x).item() == pytest.approx(0.75, rel=1e-5)
+    assert fp4.mean_share(x.view(4, 16, 32)) == fp4.mean_share(x)  # over all tokens of a batch
     assert fp4.mean_share(torch.randn(1000, 512)).item() == pytest.approx(1e-3, rel=0.1)

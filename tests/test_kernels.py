@@ -282,10 +282,11 @@ def test_left_may_be_expanded_and_dtypes():
     right = torch.randn(48, 2, device=DEVICE).t()[1:]
     plain = kernels.gemm(a, b.t(), torch.float32)
     for left in (
+        None,
         torch.ones(1, 1, device=DEVICE).expand(20, 1),
         torch.ones(20, 2, device=DEVICE)[:, 1:],
     ):
-        got = kernels.gemm(a, b.t(), torch.float32, left, right)
+        got = kernels.gemm(a, b.t(), torch.float32, right, left)
         assert torch.allclose(got, plain + right, rtol=1e-6, atol=1e-4)
     assert torch.allclose(plain.double().cpu(), av @ bv.t(), rtol=1e-5, atol=1e-3)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):

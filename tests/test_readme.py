@@ -1,6 +1,7 @@
 """README.md and experiments/README.md: their Python runs and prints what they say, their links lead
 somewhere, and the map counts right."""
 
+import dataclasses
 import doctest
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import fp4
+import run
 
 ROOT = Path(__file__).parents[1]
 READMES = "README.md", "experiments/README.md"
@@ -66,6 +68,11 @@ def test_the_map_counts_right():
 
 
 def test_commands_name_files_and_flags_that_exist():
+    knobs = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(run.Config)}
     for readme in READMES:
-        for path in re.findall(r"python ([\w/]+\.py)", (ROOT / readme).read_text()):
-            assert (ROOT / path).exists(), path
+        for path, rest in re.findall(r"([\w/]+\.py)(.*)", (ROOT / readme).read_text()):
+            if path in ("train.py", "bench.py") or "/" in path:
+                source = (ROOT / path).read_text()
+                known = knobs | {"--preset", "--resume", "--help"} if path == "train.py" else set()
+                for flag in re.findall(r"(?<= )--[a-z][a-z-]+", rest.split("`")[0]):
+                    assert flag in known or f'"{flag}"' in source, (path, flag)

@@ -182,6 +182,17 @@ def test_what_the_ablations_change():
     close(run("fp4_mean_cross")[2], run("fp4_mean")[2] + nu.t() @ r.sum(0, keepdim=True))
 
 
+def test_a_rounded_mean_has_noise_of_its_own(monkeypatch):
+    seeds, quantize = [], fp4.quantize
+    monkeypatch.setattr(
+        fp4, "quantize", lambda x, **how: seeds.append(how.get("seed")) or quantize(x, **how)
+    )
+    linear = layer("fp4_mean_row_fp4", bias=False)
+    backward(linear, torch.randn(32, 32), torch.randn(32, 48))
+    seeds = [int(seed) for seed in seeds if seed is not None]
+    assert len(seeds) == len(set(seeds)) == 3  # of S by row, of S by column, of the mean
+
+
 def test_x_alone_is_centered(monkeypatch):
     """D is rounded whole; its column sums, which meet mu in wgrad, are exact."""
     rounded, quantize = [], fp4.quantize
