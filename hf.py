@@ -256,7 +256,7 @@ def to_hf(out_dir, directory):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    from run import encoding_of, load_model
+    from checkpoint import encoding_of, load_model
 
     model, config = load_model(out_dir)
     encoding = encoding_of(config)
@@ -274,7 +274,8 @@ def to_hf(out_dir, directory):
 
 def from_hf(directory, out_dir):
     """Write a Hugging Face directory as a run: its own if it came from one, else a bf16 one."""
-    from run import CHECKPOINT_FORMAT, Config, read_config, save
+    from checkpoint import CHECKPOINT_FORMAT, save
+    from run import Config, read_config
 
     model, _ = load_hf(directory)
     own = directory / "nanofp4.json"

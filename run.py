@@ -5,9 +5,7 @@ a function of (seed, purpose, step, rank) alone.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -17,13 +15,10 @@ import torch
 import torch.distributed as dist
 
 from cli import Parser, UserError, is_a, read_json
-from data.shards import load
-from data.vocab import get_encoding
-from hf import is_hf, load_hf, read_architecture
-from model import GPT, ModelConfig, knob
+from hf import is_hf, read_architecture
+from model import ModelConfig, knob
 
 PRESETS = Path(__file__).parent / "presets"
-CHECKPOINT_FORMAT = "nanofp4 checkpoint 1"
 PURPOSES = "init", "data", "noise", "sample", "evaluation"  # their order is part of every seed
 RENAMED = {"mean_bias": "added_mean"}  # names of Config in older runs
 FREE = "precision", "bf16_blocks", "added_mean", "block_size"  # to choose beside --init
@@ -220,94 +215,3 @@ class World:
             self.held.release()
         if self.size > 1:
             dist.destroy_process_group()
-
-
-def write_text(path, text):
-    """Atomic, as `save`."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def save(path, state):
-    """Atomic: the old checkpoint stays until the new one is whole and on disk."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot save {path}: {error}; the checkpoint before it stays") from None
-
-
-def read_checkpoint(path, device="cpu"):
-    """A checkpoint of ours as a dict; nothing in it is executed. UserError for anything else."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}") from None
-    except Exception:  # what a broken pickle raises has no common type
-        raise UserError(f"{path} is cut short or not a checkpoint") from None
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this project")
-    kinds = {"step": int, "config": dict, "model": dict, "optimizer": (dict, type(None))}
-    for name, kind in kinds.items():
-        if not isinstance(state.get(name, ...), kind):
-            raise UserError(f"{path} has no {name}, or none that fits")
-    defaults = dataclasses.asdict(Config())  # for knobs that are younger than the checkpoint
-    state["config"] = defaults | check_values(path, state["config"])
-    return state
-
-
-def load_weights(path, state, model):
-    """The weights of a checkpoint into a model of its config; UserError if they do not fit."""
-    try:
-        model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError):
-        raise UserError(f"{path}: its weights do not fit its config") from None
-
-
-def read_metrics(folder):
-    """The records of a run's metrics.jsonl: what is damaged, or torn by a kill, is left out."""
-    path, records = Path(folder) / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and all(
-                is_a(v, float) for v in {"step": "", **record}.values()
-            ):
-                records.append(record)
-    return records
-
-
-def load_model(path, device="cpu", precision=None):
-    """The model of a run's folder, of one checkpoint or of a Hugging Face directory, in its own
-    (a directory's: bf16) or another precision, in evaluation mode, and the run's config as a dict;
-    a directory's is that of a run that starts from it, without a dataset."""
-    path = Path(path)
-    if is_hf(path):
-        model, _ = load_hf(path, precision or "bf16", device)
-        shape = dataclasses.asdict(model.config)
-        return model, dataclasses.asdict(Config(**shape, dataset="", init=str(path.resolve())))
-    state = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path, device)
-    config = ModelConfig(
-        **{f.name: state["config"][f.name] for f in dataclasses.fields(ModelConfig)}
-    )
-    config.precision = precision or config.precision
-    config.check()
-    model = GPT(config).to(device)
-    load_weights(path, state, model)
-    return model.eval(), state["config"]
-
-
-def encoding_of(config):
-    """The encoding (data/vocab.py) of the dataset in a run's config, or of its Hugging Face
-    directory; UserError for a model that came without one."""
-    if config["dataset"]:
-        return get_encoding(load(config["dataset"], "val").tokenizer)
-    if config["init"]:
-        return get_encoding(config["init"])
-    raise UserError("this model came from elsewhere, and its tokenizer is none of ours")

@@ -6,9 +6,10 @@ python sample.py --out-dir hf/smollm2 --prompt "The capital of France is"
 
 import torch
 
+from checkpoint import encoding_of, load_model
 from cli import Parser, number, script
 from experiments.recipes import RECIPES
-from run import World, encoding_of, load_model
+from run import World
 
 
 def main(argv=None):

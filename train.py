@@ -27,29 +27,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import fp4
+from checkpoint import CHECKPOINT_FORMAT, initial_weights, resume_run, save, write_text
 from cli import UserError, script
-from data.shards import AUTOMATIC, load, prepare_if_missing
-from data.vocab import default_out, get_encoding, token_bytes
+from data.shards import load, prepare_if_missing
+from data.vocab import get_encoding
 from experiments.recipes import AddedMean
 from model import GPT
-from run import (
-    CHECKPOINT_FORMAT,
-    World,
-    encoding_of,
-    generator_for,
-    load_model,
-    load_weights,
-    parse,
-    read_checkpoint,
-    read_metrics,
-    save,
-    seed_for,
-    write_text,
-)
+from run import World, generator_for, parse, seed_for
 
-FREE_ON_RESUME = {
-    "out_dir", "device", "compile", "max_steps", "eval_interval", "log_interval", "keep"
-}  # fmt: skip
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense BF16
 
 
@@ -116,51 +101,6 @@ def mean_share(model, ids):
 
 # ------------------------------------------------------------------------------------------------
 # The folder of a run.
-
-
-def initial_weights(config, tokens):
-    """The weights of the model in config.init. UserError if `tokens` are of another tokenizer than
-    the model's, which may have come without one."""
-    model, about = load_model(config.init)
-    encoding = None
-    with contextlib.suppress(UserError):
-        encoding = encoding_of(about)
-    if encoding and token_bytes(encoding) != token_bytes(get_encoding(tokens.tokenizer)):
-        name = config.dataset if config.dataset in AUTOMATIC else "shakespeare"
-        out = default_out(f"data/{name}/prepare.py", encoding.name).name
-        raise UserError(
-            f"{config.dataset} has tokens of {tokens.tokenizer}, and {config.init} reads those of "
-            f"{encoding.name}. HINT: python data/{name}/prepare.py --tokenizer {encoding.name}, "
-            f"and then --dataset {out}"
-        )
-    return model.state_dict()
-
-
-def resume_run(out, config, model, optimizer, world):
-    """Load the checkpoint in `out`: its step, and the metrics before it. What is lost of those is
-    said, and no reason to stop."""
-    state = read_checkpoint(out / "checkpoint.pt", world.device)
-    now, then = dataclasses.asdict(config), state["config"]
-    changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != then.get(k)]
-    if changed:
-        pairs = ", ".join(f"{k} {then.get(k)} is not {now[k]}" for k in changed)
-        raise UserError(f"the checkpoint has another config: {pairs}. HINT: use another --out-dir")
-    load_weights(out / "checkpoint.pt", state, model)
-    if state["optimizer"]:  # else weights that came from elsewhere
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError):
-            raise UserError(
-                f"{out}/checkpoint.pt: its optimizer's state does not fit its config"
-            ) from None
-    step = state["step"]
-    metrics = [m for m in read_metrics(out) if m["step"] < step]
-    lost = step - sum("loss" in m for m in metrics)
-    if lost:
-        world.print(
-            f"{out}/metrics.jsonl has lost {lost} of {step} steps: loss.png will have a gap"
-        )
-    return step, metrics
 
 
 def plot(metrics, path, title):

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fp4
+from checkpoint import load_model
 from cli import Parser, UserError, number, script
 from data.shards import load, prepare_if_missing
 from experiments.recipes import RECIPES, AddedMean, rotate_tokens
 from experiments.report import markdown, results
 from nvfp4 import _unpack, quantize
-from run import World, load_model
+from run import World
 
 ADDED = 0.0, 4.0  # means added to X, in RMS: only the model's own mean, and a strong one
 TITLES = {"0": "the model's own mean", "4": "and a mean of 4 RMS added"}

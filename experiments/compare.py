@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from checkpoint import read_metrics
 from cli import Parser, UserError, number, script
 from experiments.report import label, markdown, results, summary
-from run import Config, parse, read_config, read_metrics
+from run import Config, parse, read_config
 
 ROOT, OUT = Path(__file__).resolve().parents[1], Path("out")
 

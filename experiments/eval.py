@@ -37,12 +37,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fp4
-from cli import Parser, number, script
-from data.shards import UNREADABLE, DataError, load, open_text
+from checkpoint import check_tokenizer, load_model
+from cli import Parser, UserError, number, script
+from data.shards import UNREADABLE, DataError, load, open_text, prepare_if_missing
 from data.vocab import EOT, get_encoding
 from experiments.recipes import RECIPES
 from experiments.report import markdown
-from run import Config, World, load_model, read_config, seed_for
+from run import Config, World, seed_for
 
 SOURCES = {
     "BLiMP": "the folder data of https://github.com/alexwarstadt/blimp",
@@ -224,7 +225,12 @@ def report(rows):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--out-dir", required=True, nargs="+", help="the folders of runs")
+    parser.add_argument(
+        "--out-dir", required=True, nargs="+", help="runs' folders, or Hugging Face directories"
+    )
+    parser.add_argument("--dataset", help="a folder under data/, or a path to one (the run's)")
+    parser.add_argument("--windows", type=number(int), help="of validation text (the run's)")
+    parser.add_argument("--block-size", type=number(int), help="(the run's, 512 at most)")
     parser.add_argument(
         "--precision",
         nargs="+",
@@ -250,11 +256,20 @@ def main(argv=None):
     device = World(args.device).device
     rows, first = [], None
     for run in args.out_dir:
-        config = Config(**read_config(Path(run) / "config.json"))
-        for precision in args.precision or dict.fromkeys(("bf16", config.precision)):
+        for precision in args.precision or ("bf16", None):
+            model, about = load_model(run, device, precision)
+            if precision is None and model.config.precision == "bf16":
+                continue  # it was trained in bf16
+            precision = model.config.precision
             line = fp4.backend(device) if precision.startswith("fp4") else ""
             print(f"{run} in {precision}", line, file=sys.stderr, flush=True)
-            model, _ = load_model(run, device, precision)
+            config = Config(**{**about, "dataset": args.dataset or about["dataset"]})
+            if not config.dataset:
+                raise UserError(f"{run} has no dataset of its own. HINT: --dataset")
+            config.block_size = args.block_size or min(config.block_size, 512)
+            config.eval_windows = args.windows or config.eval_windows
+            prepare_if_missing(config.dataset)
+            check_tokenizer(about, config.dataset, load(config.dataset, "val"))
             parts = measure(model, config, blimp, lambada, args.batch_tokens, args.limit)
             first = first or parts
             columns, phenomena = (

@@ -22,10 +22,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import Parser, UserError, script
+from checkpoint import read_metrics
+from cli import Parser, UserError, read_json, script
 from experiments.report import label, results, summary
 from fp4 import quantize
-from run import read_json, read_metrics
 
 HERE = Path(__file__).resolve().parent
 STYLES = {

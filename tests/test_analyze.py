@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fp4
 import train
+from checkpoint import load_model
 from cli import UserError
 from data.shards import write_dataset
 from data.vocab import encode, get_encoding
 from experiments import analyze
 from experiments.recipes import AddedMean
-from run import load_model
 
 RESULTS = Path(analyze.__file__).parent / "results"
 BYTES = get_encoding("bytes")

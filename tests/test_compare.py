@@ -14,13 +14,13 @@ import pytest
 
 import fp4
 import train
+from checkpoint import read_checkpoint, read_metrics
 from cli import UserError
 from data.shards import write_dataset
 from data.vocab import encode, get_encoding
 from experiments import compare
 from experiments.recipes import RECIPES
 from experiments.report import summary
-from run import read_metrics
 
 TINY = {
     "n_layer": 1, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "dim": 32, "ffn_dim": 48,
@@ -184,7 +184,7 @@ def test_ctrl_c_saves_and_is_one_line(small):
     _, error = process.communicate(timeout=60)
     assert error == f"error: {out} was interrupted. HINT: the same command goes on with it\n"
     assert process.returncode == 1
-    saved = train.read_checkpoint(out / "checkpoint.pt")["step"]
+    saved = read_checkpoint(out / "checkpoint.pt")["step"]
     assert saved == sum("loss" in m for m in read_metrics(out)) > 0
 
 

@@ -15,11 +15,12 @@ import torch
 
 import fp4
 import train
+from checkpoint import CHECKPOINT_FORMAT, load_model, save
 from data.shards import DataError, load, write_dataset, write_meta
 from data.vocab import EOT, encode, get_encoding
 from experiments import eval as evaluation
 from model import GPT
-from run import CHECKPOINT_FORMAT, Config, World, load_model, save
+from run import Config, World
 
 BYTES = get_encoding("bytes")
 TEXT = "The old king sat on the hill. A cat saw the king, and the king saw a cat; then it ran. "

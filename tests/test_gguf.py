@@ -13,9 +13,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import gguf_file
 import hf
+from checkpoint import encoding_of, load_model
 from cli import UserError
 from data.vocab import BYTE
-from run import encoding_of, load_model
 
 TOKENS = torch.randint(320, (2, 256), generator=torch.Generator().manual_seed(0))
 Q8_0, Q4_1, F32 = (GGMLQuantizationType[name] for name in ("Q8_0", "Q4_1", "F32"))

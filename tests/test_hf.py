@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import fp4
 import hf
 import train
+from checkpoint import CHECKPOINT_FORMAT, encoding_of, load_model, read_checkpoint, save
 from cli import UserError
 from data.shards import write_dataset
 from data.vocab import EOT, PATTERN, encode, get_encoding
 from model import GPT, ModelConfig
-from run import CHECKPOINT_FORMAT, Config, encoding_of, load_model, read_checkpoint, save
+from run import Config
 
 BYTES, PLAYS = get_encoding("bytes"), get_encoding("plays")
 TOKENS = torch.randint(4096, (3, 32), generator=torch.Generator().manual_seed(0))

@@ -24,12 +24,13 @@ import bench
 import fp4
 import run as run_module
 import train
+from checkpoint import CHECKPOINT_FORMAT, encoding_of, load_model, read_checkpoint
 from cli import script
 from data.shards import Tokens, load, write_dataset, write_meta, write_shard
 from data.vocab import BYTE, EOT, encode, get_encoding
 from experiments.recipes import RECIPES, recipe_of
 from model import GPT
-from run import CHECKPOINT_FORMAT, Config, encoding_of, load_model, read_checkpoint, seed_for
+from run import Config, seed_for
 
 ROOT = Path(train.__file__).parent
 BYTES = get_encoding("bytes")
