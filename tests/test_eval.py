@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import fp4
+import hf
 import train
 from checkpoint import CHECKPOINT_FORMAT, load_model, save
+from cli import UserError
 from data.shards import DataError, load, write_dataset, write_meta
 from data.vocab import EOT, encode, get_encoding
 from experiments import eval as evaluation
@@ -413,3 +415,25 @@ def test_errors_are_one_line(argv, named, data, tmp_path, monkeypatch, capsys):
         command(monkeypatch, capsys, *argv)
     assert stop.value.code.startswith("error: ") and named in stop.value.code
     assert "\n" not in stop.value.code
+
+
+def test_a_hugging_face_directory(data, tmp_path, capsys):
+    """The scores of the run that it was made of; a dataset must be named, of its own tokenizer."""
+    run = save_run(tmp_path / "run", config_of(data, "fp4_mean"))
+    hf.main(["to-hf", run, str(tmp_path / "hf")])
+    argv = ["--windows", "4", "--limit", "2", "--precision", "bf16", "fp4_mean", "--json"]
+    losses = []
+    for out, more in ((run, []), (tmp_path / "hf", ["--dataset", data, "--block-size", "64"])):
+        path = tmp_path / "scores.json"
+        evaluation.main(["--out-dir", str(out), *more, "--batch-tokens", "192", *argv, str(path)])
+        losses.append([row["columns"]["val loss"] for row in json.loads(path.read_text())])
+    assert losses[0] == losses[1] and losses[0][0][0] == 4
+    with pytest.raises(UserError, match=r"has no dataset of its own\. HINT: --dataset"):
+        evaluation.main(["--out-dir", str(tmp_path / "hf"), *argv[:-1]])
+    plays = get_encoding("plays")
+    tokens = encode(plays, [TEXT * 40, EOT])
+    write_dataset(tmp_path / "plays", plays, {"train": tokens, "val": tokens})
+    with pytest.raises(UserError, match="has tokens of plays"):
+        evaluation.main(
+            ["--out-dir", str(tmp_path / "hf"), "--dataset", str(tmp_path / "plays"), *argv[:-1]]
+        )
