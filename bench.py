@@ -124,25 +124,25 @@ def kernel_table(device):
     )
     for rows, cols in SIZES:
         variants = {"one kernel": gemm_fused, "cuBLAS": gemm_cublas}
-        names = [(gemm, how) for gemm in ("fprop", "dgrad", "wgrad") for how in variants]
+        names = [(gemm, variant) for gemm in ("fprop", "dgrad", "wgrad") for variant in variants]
         runs = {"BF16, cuBLAS": (torch.mm, [])} | {
-            f"{gemm}, {how}": (variants[how], []) for gemm, how in names
+            f"{gemm}, {variant}": (variants[variant], []) for gemm, variant in names
         }
         for _ in range(max(2, (1 << 28) // (rows * cols + cols * cols))):  # 256 MB in FP4
             x, d, w = random(rows, cols), random(rows, cols), random(cols, cols)
             runs["BF16, cuBLAS"][1].append((x, w.t()))
-            (_, x, x_t), (_, d, d_t), w = *(center_quantize(t, True) for t in (x, d)), w.float()
+            (_, x, x_col), (_, d, d_col), w = *(center_quantize(t, True) for t in (x, d)), w.float()
             w = quantize_weight(w)
             one, row = torch.ones(rows, device=device), torch.ones(cols, device=device)
             for name, a, b, left, dtype in (
                 ("fprop", x, w.t(), one, torch.bfloat16),
                 ("dgrad", d, w, one, torch.bfloat16),
-                ("wgrad", d_t.t(), x_t, row, torch.float32),
+                ("wgrad", d_col.t(), x_col, row, torch.float32),
             ):
                 scales = a.tensor_scale, b.tensor_scale
                 args = *along(a, 1), *along(b, 0), *scales, left, row, dtype
-                for how in variants:
-                    runs[f"{name}, {how}"][1].append(args)
+                for variant in variants:
+                    runs[f"{name}, {variant}"][1].append(args)
         times = {name: gpu_seconds(*run) for name, run in runs.items()}
         for name, t in times.items():
             rate, share = 2e-12 * rows * cols * cols / t, times["BF16, cuBLAS"] / t
@@ -216,8 +216,13 @@ def compiled(arch):
 
     x = torch.zeros(4096, 1024, dtype=torch.bfloat16)
     seeds, one, row = torch.zeros(2, dtype=torch.int32), torch.ones(()), torch.zeros(1024)
-    a, a_s, a_t, a_ts = byte(4096, 512), byte(4096, 64), byte(2048, 1024).t(), byte(256, 1024).t()
-    w, w_s, w_t = byte(1024, 512), byte(64, 64), byte(512, 1024).t()
+    a, a_s, a_col, a_col_s = (
+        byte(4096, 512),
+        byte(4096, 64),
+        byte(2048, 1024).t(),
+        byte(256, 1024).t(),
+    )
+    w, w_s, w_col = byte(1024, 512), byte(64, 64), byte(512, 1024).t()
     args = one, one, one.expand(4096), row
     odd = torch.zeros(33, 80, dtype=torch.bfloat16)
     cases = {
@@ -226,14 +231,16 @@ def compiled(arch):
         "FP32": lambda: kernels.center_quantize(x.float(), False, seeds=seeds),
         "weight": lambda: kernels.quantize_weight(torch.zeros(1024, 1024)),
         "fprop": lambda: gemm.gemm_fused(a, a_s, w, w_s, *args, x.dtype),
-        "dgrad": lambda: gemm.gemm_fused(a, a_s, w_t, w_s.t(), *args, x.dtype),
-        "wgrad": lambda: gemm.gemm_fused(a_t, a_ts, a_t, a_ts, one, one, row, row, row.dtype),
+        "dgrad": lambda: gemm.gemm_fused(a, a_s, w_col, w_s.t(), *args, x.dtype),
+        "wgrad": lambda: gemm.gemm_fused(
+            a_col, a_col_s, a_col, a_col_s, one, one, row, row, row.dtype
+        ),
         "odd": lambda: kernels.center_quantize(odd, True, seeds=seeds, headroom=True),
         "odd_gemm": lambda: gemm.gemm_fused(
             byte(33, 40), byte(33, 5), byte(48, 40), byte(3, 5), one, one, None, None, x.dtype
         ),
         "rows": lambda: gemm.decode(a, a_s),
-        "columns": lambda: gemm.decode(a_t, a_ts),
+        "columns": lambda: gemm.decode(a_col, a_col_s),
     }
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = warm_up
@@ -252,12 +259,12 @@ def resources(targets=(80, 90, 100, 120)):
     print(f"{head} {'registers':>9} {'shared':>7} {'spilled':>7} {'load':>5}  tensor cores")
     loads = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "v2.b32": 8, "v2.b64": 16, "v4.b32": 16}
     for arch in targets:
-        seen = set()
+        listed = set()
         for case, name, kernel in compiled(arch):
             ptx = kernel.asm["ptx"]
-            if (name, ptx) in seen:
+            if (name, ptx) in listed:
                 continue
-            seen.add((name, ptx))
+            listed.add((name, ptx))
             target = re.search(r"\.target (\w+)", ptx).group(1)
             with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
                 file.write(ptx)

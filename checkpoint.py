@@ -112,18 +112,18 @@ def encoding_of(config):
     raise UserError("this model came from elsewhere, and its tokenizer is none of ours")
 
 
-def check_tokenizer(about, dataset, tokens):
+def check_tokenizer(origin, dataset, tokens):
     """UserError if a dataset's Tokens are of another tokenizer than the model's whose config
     `load_model` gave, if that has one."""
     try:
-        encoding = encoding_of(about)
+        encoding = encoding_of(origin)
     except UserError:
         return
     if token_bytes(encoding) != token_bytes(get_encoding(tokens.tokenizer)):
         name = dataset if dataset in AUTOMATIC else "shakespeare"
         out = default_out(f"data/{name}/prepare.py", encoding.name).name
         raise UserError(
-            f"{dataset} has tokens of {tokens.tokenizer}, and {about['init']} reads those of "
+            f"{dataset} has tokens of {tokens.tokenizer}, and {origin['init']} reads those of "
             f"{encoding.name}. HINT: python data/{name}/prepare.py --tokenizer {encoding.name}, "
             f"and then --dataset {out}"
         )
@@ -131,8 +131,8 @@ def check_tokenizer(about, dataset, tokens):
 
 def initial_weights(config, tokens):
     """The weights of the model in config.init, which must have the tokenizer of `tokens`."""
-    model, about = load_model(config.init)
-    check_tokenizer({**about, "init": config.init}, config.dataset, tokens)
+    model, origin = load_model(config.init)
+    check_tokenizer({**origin, "init": config.init}, config.dataset, tokens)
     return model.state_dict()
 
 

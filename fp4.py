@@ -154,14 +154,14 @@ class _LinearFP4(torch.autograd.Function):
     def forward(ctx, x, w, center):  # x (T, m), w (n, m)
         need_dx, need_dw, _ = ctx.needs_input_grad
         f = ops(x.device)
-        mu, r, r_t = f.center_quantize(x, center, columnwise=need_dw)
+        mu, r_row, r_col = f.center_quantize(x, center, columnwise=need_dw)
         w_q = f.quantize_weight(w)
 
         # ------------ fprop: Y (T, n) = 1 (μ Wᵀ) + R~ W~ᵀ ------------
-        y = f.gemm(r, w_q.t(), x.dtype, mu @ w.float().t() if center else None)
+        y = f.gemm(r_row, w_q.t(), x.dtype, mu @ w.float().t() if center else None)
 
-        for_dx = (w if center else None, *w_q.tensors(), w_q.codes_t) if need_dx else ()
-        for_dw = (mu, *r_t.tensors()) if need_dw else ()  # instead of X: 4.5 bits a value
+        for_dx = (w if center else None, *w_q.tensors(), w_q.codes_col) if need_dx else ()
+        for_dw = (mu, *r_col.tensors()) if need_dw else ()  # instead of X: 4.5 bits a value
         ctx.save_for_backward(*for_dx, *for_dw)
         ctx.center, ctx.dtype = center, w.dtype
         return y
@@ -172,21 +172,21 @@ class _LinearFP4(torch.autograd.Function):
         need_dx, need_dw, _ = ctx.needs_input_grad
         f, saved, (tokens, n) = ops(d.device), ctx.saved_tensors, d.shape
         seeds = draw_seeds(3, d.device)  # a third, so that recipes that round ν share the first two
-        nu, s, s_t = f.center_quantize(d, ctx.center, need_dx, need_dw, seeds[:2])
+        nu, s_row, s_col = f.center_quantize(d, ctx.center, need_dx, need_dw, seeds[:2])
         dx = dw = None
 
         # ------------ dgrad: dX (T, m) = 1 (ν W) + S~ W~ ------------
         if need_dx:
-            w, *w_q, codes_t = saved[:5]
-            w_q = NVFP4(*w_q, block=(16, 16), rows=n, codes_t=codes_t)
-            dx = f.gemm(s, w_q, d.dtype, nu @ w.float() if ctx.center else None)
+            w, *w_q, codes_col = saved[:5]
+            w_q = NVFP4(*w_q, block=(16, 16), rows=n, codes_col=codes_col)
+            dx = f.gemm(s_row, w_q, d.dtype, nu @ w.float() if ctx.center else None)
 
         # ------------ wgrad: dW (n, m) = T νᵀ μ + S~ᵀ R~ ------------
         if need_dw:
-            mu, *r_t = saved[-4:]
-            r_t = NVFP4(*r_t, block=(16, 1), rows=tokens)
+            mu, *r_col = saved[-4:]
+            r_col = NVFP4(*r_col, block=(16, 1), rows=tokens)
             column = tokens * nu.t() if ctx.center else None
-            dw = f.gemm(s_t.t(), r_t, ctx.dtype, mu, column)
+            dw = f.gemm(s_col.t(), r_col, ctx.dtype, mu, column)
         return dx, dw, None
 
 

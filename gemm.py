@@ -220,7 +220,7 @@ def along(q, axis):
     scales = q.scales.view(torch.uint8)
     if bool(axis) != q.transposed:
         return q.codes, scales
-    return (q.codes if q.codes_t is None else q.codes_t).t(), scales.t()
+    return (q.codes if q.codes_col is None else q.codes_col).t(), scales.t()
 
 
 def gemm(a, b, dtype, row=None, column=None):

@@ -91,12 +91,12 @@ def parts_of(file):
 
     reader = GGUFReader(file)
     fields = {k: f for k, f in reader.fields.items() if GGUFValueType.ARRAY not in f.types}
-    about = {name: field.contents() for name, field in fields.items()}
-    kind = about.get("general.architecture")
+    fields = {name: field.contents() for name, field in fields.items()}
+    kind = fields.get("general.architecture")
     if kind not in ARCHITECTURES:
         ours = ", ".join(ARCHITECTURES)
         raise UserError(f"{file}: general.architecture is {kind!r}, our GPT has only {ours}")
-    scaling = about.get(f"{kind}.rope.scaling.type", "none")
+    scaling = fields.get(f"{kind}.rope.scaling.type", "none")
     if scaling != "none":
         raise UserError(f"{file}: rope.scaling.type is {scaling!r}, our GPT has only 'none'")
     if "tokenizer.ggml.tokens" not in reader.fields:
@@ -110,7 +110,7 @@ def parts_of(file):
         name = block.replace("blk", "model.layers") + NAMES[stem] + part
         weights[name] = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
     found = {f"{kind}.{name}": theirs for name, theirs in FIELDS.items()}
-    config = {theirs: about[name] for name, theirs in found.items() if name in about}
+    config = {theirs: fields[name] for name, theirs in found.items() if name in fields}
     config["vocab_size"] = len(weights["model.embed_tokens.weight"])
     config["tie_word_embeddings"] = "lm_head.weight" not in weights
     return {"model_type": kind, **config}, weights, read_tokenizer(file)
@@ -138,8 +138,8 @@ def read_tokenizer(file):
     if pieces.get("pre_tokenizer_type") == "smollm":  # as llama.cpp, which transformers leaves out
         digits = pre_tokenizers.Digits(individual_digits=True)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.pre_tokenizer])
-    about = json.loads(tokenizer.to_str())  # it adds GPT-2's <|endoftext|>, in the file or not
+    fields = json.loads(tokenizer.to_str())  # it adds GPT-2's <|endoftext|>, in the file or not
     size = len(pieces["tokens"])
-    about["added_tokens"] = [token for token in about["added_tokens"] if token["id"] < size]
-    tokenizer = Tokenizer.from_str(json.dumps(about))
+    fields["added_tokens"] = [token for token in fields["added_tokens"] if token["id"] < size]
+    tokenizer = Tokenizer.from_str(json.dumps(fields))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -127,21 +127,21 @@ def read_architecture(directory):
     return architecture(path, read_json(path))
 
 
-def architecture(path, about):
+def architecture(path, fields):
     """config.json's dict, which came from path -> {field of ModelConfig: its value}.
 
     UserError, naming the field, for what is no such config or is more than our GPT can express.
     """
-    kind = about.get("model_type")
+    kind = fields.get("model_type")
     if str(kind) not in FAMILIES:
         raise UserError(f"{path}: model_type is {kind!r}, our GPT has only {', '.join(FAMILIES)}")
     switches, fixed = FAMILIES[kind]
     for name, due in fixed.items():
-        if about.get(name, due) != due:
-            raise UserError(f"{path}: {name} is {about[name]!r}, our GPT has only {due!r}")
-    values = {"tie_word_embeddings": False, "rope_theta": 10000.0, **about, "factor": 1.0}
+        if fields.get(name, due) != due:
+            raise UserError(f"{path}: {name} is {fields[name]!r}, our GPT has only {due!r}")
+    values = {"tie_word_embeddings": False, "rope_theta": 10000.0, **fields, "factor": 1.0}
     for name in ("rope_parameters", "rope_scaling"):  # transformers 5's, and before
-        rope = {} if about.get(name) is None else about[name]
+        rope = {} if fields.get(name) is None else fields[name]
         rest = dict(rope) if isinstance(rope, dict) else rope
         if isinstance(rope, dict):
             values["rope_theta"] = rest.pop("rope_theta", values["rope_theta"])
@@ -149,8 +149,8 @@ def architecture(path, about):
                 values["factor"] = rest.pop("factor", None)
         if rest not in ({}, {"rope_type": "default"}, LLAMA3):
             raise UserError(f"{path}: {name} is {rope!r}, our GPT has only {LLAMA3} and a factor")
-    dim, heads = about.get("hidden_size"), about.get("num_attention_heads")
-    if kind != "qwen3" and about.get("head_dim") is None and is_a(dim, int) and is_a(heads, int):
+    dim, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    if kind != "qwen3" and fields.get("head_dim") is None and is_a(dim, int) and is_a(heads, int):
         values["head_dim"] = dim // max(heads, 1)
     table = FIELDS | {"rope_factor": "factor"}
     missing = [name for name in table.values() if values.get(name) is None]
@@ -172,11 +172,11 @@ def config_json(config):
     kinds = [kind for kind, (due, _) in FAMILIES.items() if due == switches]
     if not kinds:
         raise UserError(f"{switches} is none of {', '.join(FAMILIES)}")
-    about = {"model_type": kinds[0], **FAMILIES[kinds[0]][1], "torch_dtype": "float32"}
-    about |= {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    fields = {"model_type": kinds[0], **FAMILIES[kinds[0]][1], "torch_dtype": "float32"}
+    fields |= {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     if config.rope_factor != 1:
-        about["rope_scaling"] = LLAMA3 | {"factor": config.rope_factor}
-    return about
+        fields["rope_scaling"] = LLAMA3 | {"factor": config.rope_factor}
+    return fields
 
 
 def check_weights(path, theirs, config):
@@ -235,9 +235,9 @@ def load_hf(directory, precision="bf16", device="cpu"):
 def write_hf(directory, config, weights, tokenizer, own=None):
     """Write a directory, whole or not at all: a ModelConfig, weights by transformers' names, their
     tokenizer, and for a run its own config."""
-    about = config_json(config)
-    about |= {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos")}
-    files = {"config.json": about} | ({"nanofp4.json": own} if own else {})
+    fields = config_json(config)
+    fields |= {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos")}
+    files = {"config.json": fields} | ({"nanofp4.json": own} if own else {})
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
         whole = Path(temporary) / "whole"
@@ -301,8 +301,8 @@ def from_hf(directory, out_dir):
 
 def from_gguf(file, directory):
     """Write a GGUF file as a Hugging Face directory, with its tokenizer."""
-    about, weights, tokenizer = read_gguf(file)
-    config = ModelConfig(precision="fp32", **architecture(file, about))
+    fields, weights, tokenizer = read_gguf(file)
+    config = ModelConfig(precision="fp32", **architecture(file, fields))
     factors = weights.pop("rope_freqs.weight", None)
     check_weights(file, weights, config)
     if factors is not None:  # llama.cpp's way to write Llama 3's scaling
@@ -311,7 +311,7 @@ def from_gguf(file, directory):
         due = plain / frequencies(config)
         if factors.shape != due.shape or not torch.allclose(factors, due, rtol=1e-3):
             raise UserError(f"{file}: rope_freqs are not those of Llama 3's scaling")
-    weights = unpermute(weights, config) if about["model_type"] == "llama" else weights
+    weights = unpermute(weights, config) if fields["model_type"] == "llama" else weights
     write_hf(directory, config, weights, tokenizer)
 
 

@@ -177,7 +177,7 @@ def _residual(x, mean, i, j, rows, cols, CENTER: tl.constexpr):
 
 @triton.jit
 def _center_quantize(
-    x, mean, table, seeds, codes, scales, codes_t, scales_t, rows, cols, cols2, cols16,
+    x, mean, table, seeds, codes, scales, codes_col, scales_col, rows, cols, cols2, cols16,
     CENTER: tl.constexpr, ROWWISE: tl.constexpr, COLUMNWISE: tl.constexpr,
     STOCHASTIC: tl.constexpr, HEADROOM: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -188,10 +188,10 @@ def _center_quantize(
         j0 // 2 + tl.arange(0, K // 2),
         j0 // 16 + tl.arange(0, K // 16),
     )
-    seed, seed_t = tl.zeros((), tl.uint32), tl.zeros((), tl.uint32)
+    seed, seed_col = tl.zeros((), tl.uint32), tl.zeros((), tl.uint32)
     if STOCHASTIC:
         seed = tl.load(seeds).to(tl.uint32, bitcast=True)
-        seed_t = tl.load(seeds + 1).to(tl.uint32, bitcast=True)
+        seed_col = tl.load(seeds + 1).to(tl.uint32, bitcast=True)
 
     for t in tl.range(0, 16 if ROWWISE else 0, STEP):
         i = i0 + t + tl.arange(0, STEP)
@@ -211,15 +211,15 @@ def _center_quantize(
         block_amax = _float(tl.max(_bits(r) & 0x7FFFFFFF, axis=0))
         byte, inverse = _block_scales(block_amax, table, HEADROOM)
         index = (i[:, None] * cols + j[None, :]).to(tl.uint32)
-        low, high = _row_pairs(_encode(r * inverse[None, :], index, seed_t, STOCHASTIC), K)
+        low, high = _row_pairs(_encode(r * inverse[None, :], index, seed_col, STOCHASTIC), K)
         row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
         packed = (low | (high << 4)).to(tl.uint8)
-        tl.store(codes_t + row * cols + j, packed, mask=(j < cols)[None, :])
-        tl.store(scales_t + i0 // 16 * cols + j, byte.to(tl.uint8), mask=j < cols)
+        tl.store(codes_col + row * cols + j, packed, mask=(j < cols)[None, :])
+        tl.store(scales_col + i0 // 16 * cols + j, byte.to(tl.uint8), mask=j < cols)
 
 
 @triton.jit
-def _quantize_weight(w, table, codes, codes_t, scales, n, m, m2, m16, K: tl.constexpr):
+def _quantize_weight(w, table, codes, codes_col, scales, n, m, m2, m16, K: tl.constexpr):
     """W (n, m) in 16 x 16 blocks, packed along rows for fprop and along columns for dgrad."""
     tiles, pid = tl.cdiv(m, K), tl.program_id(0)
     i0, j0 = pid // tiles * 16, pid % tiles * K
@@ -234,7 +234,7 @@ def _quantize_weight(w, table, codes, codes_t, scales, n, m, m2, m16, K: tl.cons
     tl.store(codes + row * m2 + j2, _pack_rows(c, 16, K), mask=(j2 < m2)[None, :])
     low, high = _row_pairs(c, K)
     row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
-    tl.store(codes_t + row * m + j, (low | (high << 4)).to(tl.uint8), mask=(j < m)[None, :])
+    tl.store(codes_col + row * m + j, (low | (high << 4)).to(tl.uint8), mask=(j < m)[None, :])
     tl.store(scales + i0 // 16 * m16 + j16, byte.to(tl.uint8), mask=j16 < m16)
 
 
@@ -308,11 +308,11 @@ def _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom):
 
 def center_quantize(x, center, rowwise=True, columnwise=True, seeds=None, headroom=False):
     """`fp4.center_quantize`. ValueError for a shape that does not fit."""
-    mean, codes, scales, codes_t, scales_t, scale = center_quantize_op(
+    mean, codes, scales, codes_col, scales_col, scale = center_quantize_op(
         x, center, rowwise, columnwise, seeds, headroom and seeds is not None
     )
     row = NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, (1, 16), len(x))
-    column = NVFP4(codes_t, scales_t.view(torch.float8_e4m3fn), scale, (16, 1), len(x))
+    column = NVFP4(codes_col, scales_col.view(torch.float8_e4m3fn), scale, (16, 1), len(x))
     return mean[None] if center else None, row if rowwise else None, column if columnwise else None
 
 
@@ -321,14 +321,14 @@ def quantize_weight_op(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_weight` in tensors: codes (n, m/2), the same codes packed along rows (n/2, m),
     scales (n/16, m/16), tensor scale ()."""
     _check(w, (16, 16))
-    codes, codes_t, scales, _ = _like_quantize_weight(w)
+    codes, codes_col, scales, _ = _like_quantize_weight(w)
     w, (n, m), (K, _, warps) = w.contiguous(), w.shape, QUANTIZE
     with torch.cuda.device_of(w):
         _, table = statistics(w, False)
         _quantize_weight[(n // 16 * _cdiv(m, K),)](
-            w, table, codes, codes_t, scales, n, m, m // 2, m // 16, K, num_warps=warps
+            w, table, codes, codes_col, scales, n, m, m // 2, m // 16, K, num_warps=warps
         )
-    return codes, codes_t, scales, table[0].clone()
+    return codes, codes_col, scales, table[0].clone()
 
 
 @quantize_weight_op.register_fake
@@ -345,5 +345,5 @@ def _like_quantize_weight(w):
 def quantize_weight(w):
     """`fp4.quantize_weight`, with its codes packed along either axis. ValueError for a shape that
     is no multiple of 16."""
-    codes, codes_t, scales, scale = quantize_weight_op(w)
-    return NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, (16, 16), len(w), codes_t)
+    codes, codes_col, scales, scale = quantize_weight_op(w)
+    return NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, (16, 16), len(w), codes_col)

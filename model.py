@@ -113,8 +113,11 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         mask = None
         if cache:  # a new token sees itself and window - 1 tokens before it, cached ones too
-            seen = slice(1 - self.window - time, None)
-            k, v = torch.cat((cache[0], k), 2)[:, :, seen], torch.cat((cache[1], v), 2)[:, :, seen]
+            reach = slice(1 - self.window - time, None)
+            k, v = (
+                torch.cat((cache[0], k), 2)[:, :, reach],
+                torch.cat((cache[1], v), 2)[:, :, reach],
+            )
             old = k.shape[2] - time
             mask = torch.ones(time, old + time, dtype=torch.bool, device=x.device)
             mask = mask.tril(old).triu(old - self.window + 1)

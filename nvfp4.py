@@ -166,7 +166,7 @@ class NVFP4:
     tensor_scale  FP32 scalar, amax / 2688
     block         (bh, bw), one of BLOCKS
     rows          R before it was padded to a multiple of bh
-    codes_t       for W from kernels: the codes again, packed along rows, (R/2, C)
+    codes_col     for W from kernels: the codes again, packed along rows, (R/2, C)
     transposed    whether the matrix that is meant is the transpose of all this, (C, R)
     """
 
@@ -175,7 +175,7 @@ class NVFP4:
     tensor_scale: torch.Tensor
     block: tuple[int, int]
     rows: int
-    codes_t: torch.Tensor | None = None
+    codes_col: torch.Tensor | None = None
     transposed: bool = False
 
     def t(self):

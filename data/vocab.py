@@ -56,8 +56,8 @@ class DirectoryEncoding:
         self.eot = EOT
         if self.tokenizer.token_to_id(EOT) is None:
             files = [directory / name for name in ("tokenizer_config.json", "config.json")]
-            about, model = (read_json(f) if f.exists() else {} for f in files)
-            eos = about.get("eos_token") or model.get("eos_token_id")
+            settings, model = (read_json(f) if f.exists() else {} for f in files)
+            eos = settings.get("eos_token") or model.get("eos_token_id")
             eos = eos.get("content") if isinstance(eos, dict) else eos
             eos = eos[0] if isinstance(eos, list) else eos
             self.eot = self.tokenizer.id_to_token(eos) if isinstance(eos, int) else eos

@@ -185,15 +185,15 @@ def rounding(block=(1, 16), stochastic=False):
     return lambda x, block=block: quantize(x, block=block, stochastic=stochastic).dequantize()
 
 
-def gemms(x, w, d, how):
+def gemms(x, w, d, remedy):
     """Y (T, n), dX (T, m) and dW (n, m) of X (T, m), W (n, m), D (T, n), T a multiple of 16, under
     a recipe's name or a function of REMEDIES. Gradients are rounded stochastically."""
-    if callable(how):
+    if callable(remedy):
         near, random, blocks = rounding(), rounding(stochastic=True), rounding((16, 16))
-        y, dx = how(x, w, near, blocks), how(d, w.t(), random, blocks)
-        return y, dx, how(d.t(), x.t(), random, near)
+        y, dx = remedy(x, w, near, blocks), remedy(d, w.t(), random, blocks)
+        return y, dx, remedy(d.t(), x.t(), random, near)
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-    y = RECIPES[how](x, w)
+    y = RECIPES[remedy](x, w)
     return y.detach(), *torch.autograd.grad(y, (x, w), d)
 
 
@@ -219,9 +219,9 @@ def remedy_errors(tensors, weights, rms):
         unit = (d.t() @ x).norm().item()
         x = x + AddedMean(None, rms).mean(x)
         exact = gemms(x, w, d, "fp32")
-        for name, (how, _) in REMEDIES.items():
+        for name, (remedy, _) in REMEDIES.items():
             torch.manual_seed(0)
-            errors = torch.tensor(gemm_errors(gemms(x, w, d, how), exact), dtype=torch.float64)
+            errors = torch.tensor(gemm_errors(gemms(x, w, d, remedy), exact), dtype=torch.float64)
             errors[-1] *= exact[2].norm().item() / unit
             squares[name] += errors.square() / len(tensors)
     return {name: square.sqrt().tolist() for name, square in squares.items()}
@@ -317,12 +317,12 @@ def open_model(path, text, tokens, device):
 
 def capture(model, layers, ids, targets):
     """{linear: (X (T, m), D (T, n))}, exact, T the tokens of the batch."""
-    seen = {}
+    tensors = {}
 
     def look(name):
         def hook(layer, inputs, output):
             x = inputs[0].detach().flatten(0, -2)
-            output.register_hook(lambda d: seen.update({name: (x, d.flatten(0, -2))}))
+            output.register_hook(lambda d: tensors.update({name: (x, d.flatten(0, -2))}))
 
         return hook
 
@@ -330,7 +330,7 @@ def capture(model, layers, ids, targets):
     gradients(model, layers, ids, targets, "fp32")
     for hook in hooks:
         hook.remove()
-    return {name: seen[name] for name in layers}  # backward visits them in reverse
+    return {name: tensors[name] for name in layers}  # backward visits them in reverse
 
 
 def analyze(path, text, tokens, seeds, device):

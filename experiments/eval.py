@@ -137,11 +137,11 @@ def score(model, examples, batch_tokens):
             rows = all_rows[start : start + size]
             tokens = torch.tensor([examples[i][0] + examples[i][1] for i in rows], device=device)
             first = torch.tensor([len(examples[i][0]) - 1 for i in rows], device=device)
-            given = torch.arange(length, device=device) < first[:, None]  # (B, T)
+            in_context = torch.arange(length, device=device) < first[:, None]  # (B, T)
             logits, y = model(tokens[:, :-1]), tokens[:, 1:]
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-            logp[rows] = -loss.double().masked_fill(given, 0).sum(1).cpu().numpy()
-            exact[rows] = ((logits.argmax(-1) == y) | given).all(1).cpu().numpy()
+            logp[rows] = -loss.double().masked_fill(in_context, 0).sum(1).cpu().numpy()
+            exact[rows] = ((logits.argmax(-1) == y) | in_context).all(1).cpu().numpy()
     return logp, exact
 
 
@@ -257,19 +257,19 @@ def main(argv=None):
     rows, first = [], None
     for run in args.out_dir:
         for precision in args.precision or ("bf16", None):
-            model, about = load_model(run, device, precision)
+            model, origin = load_model(run, device, precision)
             if precision is None and model.config.precision == "bf16":
                 continue  # it was trained in bf16
             precision = model.config.precision
             line = fp4.backend(device) if precision.startswith("fp4") else ""
             print(f"{run} in {precision}", line, file=sys.stderr, flush=True)
-            config = Config(**{**about, "dataset": args.dataset or about["dataset"]})
+            config = Config(**{**origin, "dataset": args.dataset or origin["dataset"]})
             if not config.dataset:
                 raise UserError(f"{run} has no dataset of its own. HINT: --dataset")
             config.block_size = args.block_size or min(config.block_size, 512)
             config.eval_windows = args.windows or config.eval_windows
             prepare_if_missing(config.dataset)
-            check_tokenizer(about, config.dataset, load(config.dataset, "val"))
+            check_tokenizer(origin, config.dataset, load(config.dataset, "val"))
             parts = measure(model, config, blimp, lambada, args.batch_tokens, args.limit)
             first = first or parts
             columns, phenomena = (

@@ -136,11 +136,11 @@ class _LinearVariant(torch.autograd.Function):
         f, noisy_mean = fp4.ops(x.device), variant.mean_format == "nvfp4_sr"
         seeds = draw_seeds(3, x.device) if variant.stochastic_x or noisy_mean else None
         noise = seeds[:2] if variant.stochastic_x else None
-        left, mu, r, r_t = _split_quantize(x, variant, variant.split, True, need_dw, noise)
+        left, mu, r, r_col = _split_quantize(x, variant, variant.split, True, need_dw, noise)
         if variant.weight_1d:
-            w_q, w_t = fp4.quantize(w), fp4.quantize(w, block=(16, 1))
+            w_q, w_col = fp4.quantize(w), fp4.quantize(w, block=(16, 1))
         else:
-            w_q = w_t = f.quantize_weight(w)
+            w_q = w_col = f.quantize_weight(w)
 
         # ------------ fprop: Y (T, n) = left (μ Wᵀ) + R~ W~ᵀ ------------
         row = None
@@ -149,11 +149,13 @@ class _LinearVariant(torch.autograd.Function):
             row = mu @ (w_q.dequantize() if variant.round_mean_weight else w.float()).t()
         y = f.gemm(r, w_q.t(), x.dtype, row, left)
 
-        for_dx = (w if mu is not None else None, *w_t.tensors(), w_t.codes_t) if need_dx else ()
-        for_dw = (left, mu, *r_t.tensors()) if need_dw else ()
+        for_dx = (
+            (w if mu is not None else None, *w_col.tensors(), w_col.codes_col) if need_dx else ()
+        )
+        for_dw = (left, mu, *r_col.tensors()) if need_dw else ()
         ctx.save_for_backward(*for_dx, *for_dw)
-        ctx.variant, ctx.dtype, ctx.block = variant, w.dtype, w_t.block
-        ctx.rows = r_t.rows if need_dw else 0
+        ctx.variant, ctx.dtype, ctx.block = variant, w.dtype, w_col.block
+        ctx.rows = r_col.rows if need_dw else 0
         return y
 
     @staticmethod
@@ -163,30 +165,30 @@ class _LinearVariant(torch.autograd.Function):
         variant, saved, dx, dw = ctx.variant, ctx.saved_tensors, None, None
         f, seeds = fp4.ops(d.device), draw_seeds(3, d.device)
         split = variant.split if variant.split_grad else "none"
-        left, nu, s, s_t = _split_quantize(d, variant, split, need_dx, need_dw, seeds[:2])
+        left, nu, s, s_col = _split_quantize(d, variant, split, need_dx, need_dw, seeds[:2])
         nu = None if nu is None else _round_mean(nu, variant, seeds[2])
 
         # ------------ dgrad: dX (T, m) = left (ν W) + S~ W~ ------------
         if need_dx:
-            w, *w_t, codes_t = saved[:5]
-            w_t = NVFP4(*w_t, block=ctx.block, rows=d.shape[1], codes_t=codes_t)
+            w, *w_col, codes_col = saved[:5]
+            w_col = NVFP4(*w_col, block=ctx.block, rows=d.shape[1], codes_col=codes_col)
             row = None
             if nu is not None:
-                row = nu @ (w_t.dequantize() if variant.round_mean_weight else w.float())
-            dx = f.gemm(s, w_t, d.dtype, row, left)
+                row = nu @ (w_col.dequantize() if variant.round_mean_weight else w.float())
+            dx = f.gemm(s, w_col, d.dtype, row, left)
 
         # ------------ wgrad: dW (n, m) = νᵀ (left_dᵀ left_x) μ + S~ᵀ R~ ------------
         if need_dw:
-            left_x, mu, *r_t = saved[-5:]
-            r_t, outer = NVFP4(*r_t, block=(16, 1), rows=ctx.rows), None
+            left_x, mu, *r_col = saved[-5:]
+            r_col, outer = NVFP4(*r_col, block=(16, 1), rows=ctx.rows), None
             if nu is not None:
                 outer = nu.t() * (len(d) if split == "mean" else (left * left_x).sum())
             elif mu is not None:
                 outer = d.float().t() @ left_x
-            dw = f.gemm(s_t.t(), r_t, mu.dtype if variant.cross_terms else ctx.dtype, mu, outer)
+            dw = f.gemm(s_col.t(), r_col, mu.dtype if variant.cross_terms else ctx.dtype, mu, outer)
             if variant.cross_terms:  # νᵀ (left_dᵀ R~) + (S~ᵀ left_x) μ
-                dw.addmm_(nu.t(), left.t() @ r_t.dequantize())
-                dw = dw.addmm_(s_t.t().dequantize() @ left_x, mu).to(ctx.dtype)
+                dw.addmm_(nu.t(), left.t() @ r_col.dequantize())
+                dw = dw.addmm_(s_col.t().dequantize() @ left_x, mu).to(ctx.dtype)
         return dx, dw, None
 
 

@@ -26,7 +26,7 @@ def exact(monkeypatch):
     """Every rounding is the identity, so that only the algebra is left."""
 
     class Exact:
-        codes_t = block = None
+        codes_col = block = None
 
         def __init__(self, x, *_, **__):
             self.x, self.rows, self.tensor_scale = x, len(x), x.new_ones(())

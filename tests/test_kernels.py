@@ -227,7 +227,7 @@ def test_quantize_weight(n, m):
     q = kernels.quantize_weight(w.to(DEVICE))
     for got, want in zip(q.tensors(), fp4.quantize_weight(w).tensors(), strict=True):
         same(got, want)
-    same(q.codes_t.t(), fp4.quantize_weight(w.t()).codes)
+    same(q.codes_col.t(), fp4.quantize_weight(w.t()).codes)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -37,12 +37,12 @@ def strings(source):
 
 def documents(stdlib):
     """{"train": [text, ...], "val": [text, ...]}: about every 20th module is for validation."""
-    seen, splits = set(), {"train": [], "val": []}
+    earlier, splits = set(), {"train": [], "val": []}
     for path in sorted(Path(stdlib).rglob("*.py")):
         name = path.relative_to(stdlib)
         if SKIP.isdisjoint(name.parts):
-            fresh = [s for s in dict.fromkeys(strings(path.read_bytes())) if s and s not in seen]
-            seen.update(fresh)
+            fresh = [s for s in dict.fromkeys(strings(path.read_bytes())) if s and s not in earlier]
+            earlier.update(fresh)
             # A hash of the name: a module keeps its side when another version adds modules.
             split = "train" if zlib.crc32(name.as_posix().encode()) % 20 else "val"
             if fresh:
