@@ -75,9 +75,8 @@ def read_metrics(folder):
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            if isinstance(record, dict) and all(
-                is_a(v, float) for v in {"step": "", **record}.values()
-            ):
+            numbers = isinstance(record, dict) and all(is_a(v, float) for v in record.values())
+            if numbers and "step" in record:
                 records.append(record)
     return records
 
