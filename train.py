@@ -216,7 +216,8 @@ def train(config, resume, world):
             shutil.copy(out / "checkpoint.pt", out / f"step-{step}.pt")
 
     def diverged(what):
-        saved = f"{out}/checkpoint.pt is the last good state" if step else "nothing is saved"
+        path = out / "checkpoint.pt"
+        saved = f"{path} is the last good state" if path.exists() else "nothing is saved"
         return UserError(
             f"step {step}: {what}; {saved}. HINT: a lower --learning-rate or more --warmup-steps"
         )
