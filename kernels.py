@@ -25,9 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemm import _cdiv, _decode_scale, _float, backend, gemm  # noqa: F401 (two for `fp4.ops`)
+from gemm import _cdiv, _decode_scale, _float, backend, gemm
 from nvfp4 import NVFP4
 
+__all__ = ["backend", "center_quantize", "gemm", "quantize_weight"]  # what fp4.py takes
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 STATISTICS = 1024, 128, 32  # columns of a program, parts of the tokens, columns in stage 2
 QUANTIZE = 512, 2, 4  # columns of a program, tokens at a time, warps

