@@ -140,6 +140,12 @@ def test_top_k_of_one_is_the_likeliest():
     assert torch.equal(model.generate(tokens, 8, temperature=5.0, top_k=1), greedy)
 
 
+def test_a_tiny_temperature_takes_the_likeliest():
+    model, tokens = tiny(), torch.randint(97, (1, 4))
+    greedy = model.generate(tokens, 8, temperature=0)
+    assert torch.equal(model.generate(tokens, 8, temperature=1e-45), greedy)
+
+
 def test_attention_is_causal():
     model = tiny()
     tokens = torch.randint(97, (1, 32))
