@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-from tokenizers import Tokenizer, decoders
 
 from cli import read_json
 from data.shards import DataError
@@ -42,6 +41,8 @@ class DirectoryEncoding:
     """
 
     def __init__(self, directory):
+        from tokenizers import Tokenizer, decoders  # our own tokenizers do without
+
         directory = Path(directory).resolve()
         self.name = str(directory)
         file = directory / "tokenizer.json"
