@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cli import UserError, is_a
-from data.shards import AUTOMATIC, load
+from data.shards import AUTOMATIC, load, prepare_if_missing
 from data.vocab import default_out, get_encoding, token_bytes
 from hf import is_hf, load_hf
 from model import GPT, ModelConfig
@@ -126,6 +126,18 @@ def check_tokenizer(origin, dataset, tokens):
             f"{encoding.name}. HINT: python data/{name}/prepare.py --tokenizer {encoding.name}, "
             f"and then --dataset {out}"
         )
+
+
+def held_out(path, origin, dataset=None):
+    """The name and the validation Tokens of a dataset, by default the run's own, for the model of
+    `path`, whose config is origin."""
+    dataset = dataset or origin["dataset"]
+    if not dataset:
+        raise UserError(f"{path} has no dataset of its own. HINT: --dataset")
+    prepare_if_missing(dataset)
+    tokens = load(dataset, "val")
+    check_tokenizer(origin, dataset, tokens)
+    return dataset, tokens
 
 
 def initial_weights(config, tokens):

@@ -122,6 +122,8 @@ def adopt(values):
     """Config's values with the architecture of the model in values["init"], a Hugging Face
     directory or a run. UserError, naming both, for a value that contradicts it."""
     path = Path(values["init"])
+    if not path.exists():
+        raise UserError(f"no model at {path}. HINT: python hf.py smollm2 {path} fetches one")
     if is_hf(path):
         theirs = read_architecture(path)
     else:  # a run's folder, or a checkpoint in it

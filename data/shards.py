@@ -215,8 +215,12 @@ def load(dataset, split):
     """Tokens of a bare name, looked up in data/, or of a directory; DataError as for Tokens."""
     if Path(dataset).name != str(dataset):
         return Tokens(dataset, split)
-    if dataset not in datasets():
-        raise DataError(f"no dataset {dataset!r}\nHINT: one of {', '.join(datasets())}")
+    if dataset not in (names := datasets()):
+        base, _, directory = str(dataset).partition("-")
+        hint = f"one of {', '.join(names)}"
+        if directory and base in names:
+            hint = f"python data/{base}/prepare.py --tokenizer hf/{directory}"
+        raise DataError(f"no dataset {dataset!r}\nHINT: {hint}")
     return Tokens(DATA / dataset, split)
 
 

@@ -1,13 +1,16 @@
 """The mean in a trained model, what FP4 makes of it, and what each remedy does about it.
 
     python experiments/analyze.py RUN/step-200.pt RUN/step-2000.pt   stages of a training (--keep)
-    python experiments/analyze.py QWEN3_DIRECTORY --text FILE        a Hugging Face model
+    python experiments/analyze.py hf/smollm2 --dataset shakespeare-smollm2 --tokens 1024 --seeds 2
+                                                                     a Hugging Face directory
     python experiments/analyze.py experiments/results/analysis.json  tables again, no model
 
 All is measured on one batch of held-out text, on the exact input X (T, m) and output gradient
-D (T, n) of every block linear, in FP32: what their mean over tokens is and does, the error that
-each remedy leaves in each GEMM, and the error of the whole FP4 gradient, split into bias and noise.
-The tables of the last stage are printed; --json keeps the numbers, and figures.py draws them.
+D (T, n) of every block linear, in FP32: what their mean over tokens is and does, also without the
+tokens of massive norm, the error that each remedy leaves in each GEMM, and the error of the whole
+FP4 gradient, split into bias and noise. For our own small models some is repeated with a strong
+mean added. The tables of the last stage are printed; --json keeps the numbers, and figures.py draws
+them.
 """
 
 import json
@@ -21,17 +24,19 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fp4
-from checkpoint import load_model
+from checkpoint import held_out, load_model
 from cli import Parser, UserError, number, script
-from data.shards import load, prepare_if_missing
-from experiments.recipes import RECIPES, AddedMean, rotate_tokens
+from experiments.recipes import RECIPES, AddedMean, massive_tokens, rotate_tokens
 from experiments.report import markdown, results
 from nvfp4 import _unpack, quantize
 from run import World
 
 ADDED = 0.0, 4.0  # means added to X, in RMS: only the model's own mean, and a strong one
 TITLES = {"0": "the model's own mean", "4": "and a mean of 4 RMS added"}
-GRADIENTS = "fp4", "fp4_mean", "fp4_mean_paper", "fp4_hadamard", "fp4_svd"
+GRADIENTS = (
+    "fp4", "fp4_mean", "fp4_mean_paper", "fp4_hadamard", "fp4_svd", "fp4_project", "fp4_1d",
+    "fp4_mean_1d", "fp4_project_1d",
+)  # fmt: skip
 CROP = 64  # tokens and features of the image
 
 # ------------------------------------------------------------------------------------------------
@@ -100,6 +105,29 @@ def scale_spread(x):
     return scales[scales > 0].log2().std(correction=0).item()
 
 
+WITHOUT = {
+    "mean_share": lambda x: fp4.mean_share(x).item(),
+    "alignment": mean_alignment,
+    "leading_share": leading_share,
+    "top_explained": top_explained,
+}
+
+
+def massive(x):
+    """Tokens of x with more than 4 times the RMS norm: {} if there are none. Else which, the norm
+    of the largest over the median, the energy of all, and what the mean is without them."""
+    tokens, energy = massive_tokens(x), x.square().sum(1)
+    if not len(tokens):
+        return {}
+    rest = x[~torch.isin(torch.arange(len(x), device=x.device), tokens)]
+    return {
+        "tokens": tokens.tolist(),
+        "to_median": (energy.max() / energy.median()).sqrt().item(),
+        "energy": (energy[tokens].sum() / energy.sum()).item(),
+        "without": {name: measure(rest) for name, measure in WITHOUT.items()},
+    }
+
+
 def diagnose(x):
     """The diagnostics of x, by name; those in a pair are before and after centering."""
     x = x.double()
@@ -117,7 +145,9 @@ def diagnose(x):
         "R": math.sqrt(share),
         "alignment": mean_alignment(x),
         "top_explained": top_explained(x),
-    } | {name: [f(x), f(x - x.mean(0))] for name, f in pairs.items()}
+        **{name: [f(x), f(x - x.mean(0))] for name, f in pairs.items()},
+        "massive": massive(x),
+    }
 
 
 # ------------------------------------------------------------------------------------------------
@@ -141,6 +171,15 @@ def outliers(a, b, round_a, round_b):
     top = a.abs().amax(0).topk(math.ceil(0.01 * a.shape[1])).indices
     high = a[:, top] @ b[:, top].t()
     return high + round_a(a.index_fill(1, top, 0)) @ round_b(b.index_fill(1, top, 0)).t()
+
+
+def hot_channels(a, b, round_a, round_b):
+    """CHON's hot-channel patch (arXiv 2602.02047): of a few channels the rounding's error is put
+    back, in high precision. Simplified: the 1% of a's columns with the largest error, found anew
+    for every product."""
+    a_q, b_q = round_a(a), round_b(b)
+    hot = (a - a_q).square().sum(0).topk(math.ceil(0.01 * a.shape[1])).indices
+    return a_q @ b_q.t() + a[:, hot] @ b[:, hot].t() - a_q[:, hot] @ b_q[:, hot].t()
 
 
 def zigzag(amax):
@@ -168,12 +207,16 @@ def per_channel(a, b, round_a, round_b):
 REMEDIES = {  # a recipe's name or a function, and what it costs over none
     "none": ("fp4", "-"),
     "mean": ("fp4_mean", "a reduction and a subtraction for X and D; two matrix-vector products"),
-    "mean in FP4": ("fp4_mean_paper", "the same, and the cross terms of wgrad"),
+    "projection": ("fp4_project", "the same, and one more read of X; wgrad reads D once more"),
+    "W in 1 x 16": ("fp4_1d", "W is rounded twice, and 4.5 bits more of it are kept"),
+    "both": ("fp4_project_1d", "that of both"),
+    "mean in FP4": ("fp4_mean_paper", "that of the mean, and the cross terms of wgrad"),
     "rank-1 SVD": ("fp4_svd", "16 passes over X and over D; the cross terms of wgrad"),
     "Hadamard, wgrad": ("fp4_hadamard", "wgrad: a 16-point transform of both operands"),
     "mean + Hadamard": ("fp4_mean_hadamard", "that of the mean and that of the transform"),
     "Hadamard, all": (hadamard, "a 16-point transform of both operands; W rounded for each GEMM"),
     "outlier columns": (outliers, "1% of each GEMM in high precision; a search and a gather"),
+    "hot channels": (hot_channels, "2% of each GEMM in high precision; a search and two gathers"),
     "DuQuant": (duquant, "two transforms and a permutation; W rounded for each GEMM"),
     "per channel": (per_channel, "scales vary within the contraction: no FP4 tensor core does it"),
 }
@@ -283,36 +326,15 @@ def gradient_errors(model, layers, ids, targets, seeds):
 # A model, its held-out text, and what its linears see.
 
 
-def open_model(path, text, tokens, device):
-    """A checkpoint, a run's folder or a Hugging Face directory: the model in FP32, and ids and
-    targets (B, T) of about this many tokens of held-out text, evenly spaced."""
-    if path.is_dir() and list(path.glob("*.safetensors")):
-        from transformers import AutoTokenizer
-
-        from hf import load_hf
-
-        if not text:
-            raise UserError(f"{path} is a Hugging Face directory. HINT: --text FILE")
-        if not any((path / f"tokenizer{end}.json").exists() for end in ("", "_config")):
-            raise UserError(f"no tokenizer in {path}: no tokenizer.json. HINT: copy it there")
-        model, _ = load_hf(path, "fp32", device)
-        text_ids = AutoTokenizer.from_pretrained(path)(Path(text).read_text("utf-8-sig"))
-        ids = torch.tensor(text_ids["input_ids"])
-        length = min(model.config.block_size, tokens) + 1
-        if len(ids) < length:
-            raise UserError(f"{text} has {len(ids)} tokens, fewer than {length}")
-        windows, n = ids.unfold(0, length, 1), max(1, tokens // (length - 1))
-        rows = windows[torch.linspace(0, len(windows) - 1, n, dtype=torch.float64).long()]
-    else:
-        if text:
-            raise UserError(f"--text is for Hugging Face models; {path} has its own dataset")
-        model, config = load_model(path, device, "fp32")
-        prepare_if_missing(config["dataset"])
-        val = load(config["dataset"], "val")
-        length = min(model.config.block_size, tokens) + 1
-        rows = val.batch(val.spaced(max(1, tokens // (length - 1)), length), length)
-    rows = rows.to(device)
-    return model, rows[:, :-1], rows[:, 1:]
+def open_model(path, dataset, tokens, device):
+    """A checkpoint, a run's folder or a Hugging Face directory: the model in FP32, ids and targets
+    (B, T) of about this many tokens of held-out text, evenly spaced, and the means to add: of a
+    model that came from elsewhere its own alone."""
+    model, origin = load_model(path, device, "fp32")
+    _, val = held_out(path, origin, dataset)
+    length = min(model.config.block_size, 512, tokens) + 1
+    rows = val.batch(val.spaced(max(1, tokens // (length - 1)), length), length).to(device)
+    return model, rows[:, :-1], rows[:, 1:], ADDED[:1] if origin["init"] else ADDED
 
 
 def capture(model, layers, ids, targets):
@@ -333,9 +355,9 @@ def capture(model, layers, ids, targets):
     return {name: tensors[name] for name in layers}  # backward visits them in reverse
 
 
-def analyze(path, text, tokens, seeds, device):
+def analyze(path, dataset, tokens, seeds, device):
     """One stage: all that tables and figures need."""
-    model, ids, targets = open_model(path, text, tokens, device)
+    model, ids, targets, added = open_model(path, dataset, tokens, device)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, fp4.FP4Linear)}
     tensors = capture(model, layers, ids, targets)
     weights = {n: layer.weight.detach() for n, layer in layers.items()}
@@ -346,7 +368,7 @@ def analyze(path, text, tokens, seeds, device):
     mean = x.mean(0)
     first = mean.square().unfold(0, min(CROP, len(mean)), 1).sum(1).argmax().item()
     codes, images = {}, {}
-    for rms in ADDED:
+    for rms in added:
         y = x + AddedMean(None, rms).mean(x)
         codes[f"{rms:g}"] = [code_shares(y).tolist(), code_shares(y - y.mean(0)).tolist()]
         crop = y[:CROP, first : first + CROP].tolist()
@@ -355,7 +377,7 @@ def analyze(path, text, tokens, seeds, device):
         "name": path.parent.name if path.name == "checkpoint.pt" else path.name.removesuffix(".pt"),
         "tokens": ids.numel(),
         "linears": linears,
-        "remedies": {f"{rms:g}": remedy_errors(tensors, weights, rms) for rms in ADDED},
+        "remedies": {f"{rms:g}": remedy_errors(tensors, weights, rms) for rms in added},
         "gradients": gradient_errors(model, layers, ids, targets, seeds),
         "largest": {
             "linear": largest,
@@ -380,15 +402,38 @@ def rounded(value):
 # Tables, from what --json keeps.
 
 
+def over_blocks(values):
+    """Of one measure in every block: the median, and the least and the largest; or, of pairs,
+    before and after centering, the two medians."""
+    if isinstance(values[0], list):
+        return " → ".join(f"{statistics.median(v):.2g}" for v in zip(*values, strict=True))
+    return f"{statistics.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
+
+
 def tables(stage):
     """The printed tables of a stage, in Markdown."""
-    linears = []
+    kinds, rows = {}, []
     for name, sides in stage["linears"].items():
         for side, measures in sides.items():
-            pairs = (v if isinstance(v, list) else [v] for v in measures.values())
-            linears.append((name, side, *(" → ".join(f"{v:.2g}" for v in p) for p in pairs)))
-    yield f"{stage['name']}, {stage['tokens']} tokens: before → after centering"
-    yield markdown(("linear", "", *(m.replace("_", " ") for m in measures)), linears)
+            kinds.setdefault((name.split(".", 2)[2], side), []).append(measures)
+    names = [n for n in measures if n != "massive"]
+    for key, every in kinds.items():
+        rows.append((*key, *(over_blocks([m[n] for m in every]) for n in names)))
+    yield f"{stage['name']}, {stage['tokens']} tokens: medians over blocks (range), or → centered"
+    yield markdown(("linears", "", *(n.replace("_", " ") for n in names)), rows)
+    rows = []
+    for name, sides in stage["linears"].items():
+        if found := sides["X"].get("massive"):
+            which = ", ".join(map(str, found["tokens"][:4])) + ", ..." * (len(found["tokens"]) > 4)
+            numbers = f"{found['to_median']:.1f}", f"{found['energy']:.3f}"
+            pairs = ((sides["X"][n], v) for n, v in found["without"].items())
+            pairs = ((a[0] if isinstance(a, list) else a, b) for a, b in pairs)
+            rows.append((name, which, *numbers, *(f"{a:.2g} → {b:.2g}" for a, b in pairs)))
+    if rows:
+        columns = "X of", "massive tokens", "largest norm, medians", "share of the energy"
+        without = (n.replace("_", " ") for n in WITHOUT)
+        yield "tokens with 4 times the RMS norm: all → without them"
+        yield markdown((*columns, *without), rows)
     for rms, errors in stage["remedies"].items():
         rows = [(n, *(f"{v:.4f}" for v in e), REMEDIES[n][1]) for n, e in errors.items()]
         yield f"relative error of each GEMM, {TITLES[rms]}"
@@ -405,7 +450,7 @@ def tables(stage):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="path", help="see above")
-    parser.add_argument("--text", help="held-out text for a Hugging Face model")
+    parser.add_argument("--dataset", help="a folder under data/, or a path to one (the run's)")
     parser.add_argument("--tokens", type=number(int, 16), default=2048, help="of that text (2048)")
     parser.add_argument("--seeds", type=number(int, 2), default=4, help="of the rounding (4)")
     parser.add_argument("--json", type=Path, help="keep the numbers there")
@@ -421,7 +466,7 @@ def main(argv=None):
         device, stages = World(args.device).device, []
         print(fp4.backend(device), flush=True)
         for path in args.paths:
-            stages.append(analyze(path, args.text, args.tokens, args.seeds, device))
+            stages.append(analyze(path, args.dataset, args.tokens, args.seeds, device))
             shares = [v["X"]["mean_share"] for v in stages[-1]["linears"].values()]
             print(f"{stages[-1]['name']}: mean share {statistics.mean(shares):.3f}", flush=True)
         for stage in stages[:-1]:

@@ -3,6 +3,8 @@
     python experiments/compare.py added_mean    a mean of 0, 4 and 8 RMS that only the rounding sees
     python experiments/compare.py ablations     fp4_mean with one choice changed, at 0 and 4 RMS
     python experiments/compare.py natural       a longer run, with the mean that training makes
+    python experiments/compare.py train_on      a real model, SmolLM2, and its own mean
+    python experiments/compare.py rates         the same in bf16, at three learning rates
     python experiments/compare.py experiments/results/natural.json      a table again, no training
 
 A run is a folder of train.py's, out/compare/PRESET-STEPS/PRECISION-ADDED_MEAN-SEED. What is
@@ -11,8 +13,10 @@ numbers, and figures.py draws them.
 """
 
 import dataclasses
+import itertools
 import json
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +37,9 @@ def grid(precisions, added_means, **more):
 FP4 = ["fp4", "fp4_mean", "fp4_mean_paper", "fp4_hadamard", "fp4_svd"]
 PATHS = ["row_bf16", "row_fp4", "row_fp4_sr", "row_weight", "cross", "x"]  # of the mean
 ROUNDING = ["x", "headroom", "sr", "1d"]
-EXPERIMENTS = {  # base: to what differences are taken; keep: the checkpoints, for analyze.py
+EXPERIMENTS = {
+    # base: to what differences are taken; keep: the checkpoints, for analyze.py; preset: else micro
+    # on bytes of the plays; once: settings for the first seed alone
     "added_mean": {"seeds": 3, "steps": 300, "base": "fp4", "settings": grid(FP4, [0.0, 4.0, 8.0])},
     "ablations": {
         "seeds": 3, "steps": 300, "base": "fp4_mean",
@@ -46,8 +52,18 @@ EXPERIMENTS = {  # base: to what differences are taken; keep: the checkpoints, f
         "seeds": 1, "steps": 2000, "base": "fp4", "keep": True,
         "settings": grid(["fp4", "fp4_mean"], [0.0]),
     },
+    "train_on": {
+        "seeds": 3, "steps": 60, "base": "fp4", "preset": "smollm2",
+        "settings": grid(["fp4", "fp4_mean"], [0.0]),
+        "once": grid(["fp4_mean_paper", "fp4_hadamard", "fp4_svd"], [0.0]),
+    },
+    "rates": {
+        "seeds": 1, "steps": 60, "base": "bf16", "preset": "smollm2",
+        "settings": grid(["bf16"], [0.0], learning_rate=3e-5)
+        + grid(["bf16"], [0.0], learning_rate=3e-4),
+    },
 }  # fmt: skip
-SETTING = "precision", "added_mean", "bf16_blocks", "seed"  # what a record keeps of a run's knobs
+SETTING = "precision", "added_mean", "bf16_blocks", "learning_rate", "seed"  # of a run's knobs
 
 
 def call(path, argv):
@@ -72,9 +88,12 @@ def runs(name, preset, seeds, steps):
     experiment = EXPERIMENTS[name]
     folder = OUT / "compare" / f"{Path(preset).stem}-{steps}"
     common = {"max_steps": steps, "eval_interval": max(1, min(steps // 5, 200))}
-    common |= {"dataset": str(OUT / "plays-bytes"), "keep": experiment.get("keep", False)}
+    common |= {"keep": experiment.get("keep", False)}
+    if "preset" not in experiment:
+        common["dataset"] = str(OUT / "plays-bytes")
     for seed in range(1, seeds + 1):
-        for setting in [*grid(["bf16"], [0.0]), *experiment["settings"]]:
+        once = experiment.get("once", []) if seed == 1 else []
+        for setting in [*grid(["bf16"], [0.0]), *experiment["settings"], *once]:
             out = folder / "-".join(
                 f"{v:g}" if isinstance(v, float) else str(v) for v in setting.values()
             )
@@ -94,6 +113,15 @@ def finished(out, steps):
     """The evaluations of a run that has made all its steps, else []."""
     evaluations = [m for m in read_metrics(out) if "val_loss" in m]
     return evaluations if evaluations and evaluations[-1]["step"] == steps else []
+
+
+def train_losses(out, steps):
+    """[[step, mean training loss since the evaluation before it], ...]."""
+    losses = {m["step"]: m["loss"] for m in read_metrics(out) if "loss" in m}
+    spans = [
+        (b, [losses[s] for s in range(a, b) if s in losses]) for a, b in itertools.pairwise(steps)
+    ]
+    return [[step, round(statistics.mean(span), 5)] for step, span in spans if span]
 
 
 def finish(preset, knobs):
@@ -118,6 +146,7 @@ def finish(preset, knobs):
     return {k: knobs[k] for k in SETTING if k in knobs} | {
         "val": [[m["step"], round(m["val_loss"], 5)] for m in evaluations],
         "mean_share": [[m["step"], round(m["mean_share"], 4)] for m in evaluations],
+        "train": train_losses(out, [m["step"] for m in evaluations]),
     }
 
 
@@ -145,7 +174,8 @@ def compact(stored):
 
 def run_all(name, preset, seeds, steps):
     """All that counts of an experiment's runs, as --json keeps it."""
-    if not (OUT / "plays-bytes" / "meta.json").exists():
+    made = "preset" in EXPERIMENTS[name] or (OUT / "plays-bytes" / "meta.json").exists()
+    if not made:
         call("data/shakespeare/prepare.py", ["--tokenizer", "bytes", "--out", OUT / "plays-bytes"])
     records = []
     for knobs in runs(name, preset, seeds, steps):
@@ -171,15 +201,16 @@ def main(argv=None):
     parser = Parser(__doc__)
     names = ", ".join(EXPERIMENTS)
     parser.add_argument("experiment", help=f"{names}, or a .json file to print the table of")
-    parser.add_argument("--preset", help="of train.py (micro)")
-    parser.add_argument("--seeds", type=number(int), help="(3; natural 1)")
-    parser.add_argument("--steps", type=number(int), help="(300; natural 2000)")
+    parser.add_argument("--preset", help="of train.py (micro, or smollm2)")
+    parser.add_argument("--seeds", type=number(int), help="(3; natural and rates 1)")
+    parser.add_argument("--steps", type=number(int), help="(300; natural 2000, SmolLM2's 60)")
     parser.add_argument("--json", type=Path, help="keep the numbers there")
     args = parser.parse_args(argv)
     if args.experiment in EXPERIMENTS:
         default = EXPERIMENTS[args.experiment]
         seeds, steps = args.seeds or default["seeds"], args.steps or default["steps"]
-        stored = run_all(args.experiment, args.preset or "micro", seeds, steps)
+        preset = args.preset or default.get("preset", "micro")
+        stored = run_all(args.experiment, preset, seeds, steps)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(compact(stored))

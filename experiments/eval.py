@@ -37,9 +37,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fp4
-from checkpoint import check_tokenizer, load_model
-from cli import Parser, UserError, number, script
-from data.shards import UNREADABLE, DataError, load, open_text, prepare_if_missing
+from checkpoint import held_out, load_model
+from cli import Parser, number, script
+from data.shards import UNREADABLE, DataError, load, open_text
 from data.vocab import EOT, get_encoding
 from experiments.recipes import RECIPES
 from experiments.report import markdown
@@ -234,15 +234,14 @@ def main(argv=None):
     parser.add_argument(
         "--precision",
         nargs="+",
-        choices=list(RECIPES),
+        choices=["own", *RECIPES],
         metavar="RECIPE",
-        help="(bf16 and that of the training)",
+        help="names, own: that of the training (bf16 own)",
     )
     parser.add_argument("--blimp", help="the folder of its .jsonl files, or a tar file of it")
     parser.add_argument("--lambada", help="its .jsonl file, also .xz or .gz")
-    parser.add_argument(
-        "--limit", type=number(int), help="passages, and pairs a phenomenon, at most (all)"
-    )
+    parser.add_argument("--limit", type=number(int), help="passages at most (all)")
+    parser.add_argument("--pairs", type=number(int), help="pairs a phenomenon at most (--limit)")
     parser.add_argument(
         "--batch-tokens", type=number(int), help="(those of a micro-step of the training)"
     )
@@ -251,25 +250,22 @@ def main(argv=None):
         "--json", type=Path, help="write `statistics` there: N, mean, error, and the paired two"
     )
     args = parser.parse_args(argv)
-    blimp = read_blimp(args.blimp, args.limit) if args.blimp else ()
+    blimp = read_blimp(args.blimp, args.pairs or args.limit) if args.blimp else ()
     lambada = read_lambada(args.lambada, args.limit) if args.lambada else ()
     device = World(args.device).device
     rows, first = [], None
     for run in args.out_dir:
-        for precision in args.precision or ("bf16", None):
-            model, origin = load_model(run, device, precision)
-            if precision is None and model.config.precision == "bf16":
+        for precision in args.precision or ("bf16", "own"):
+            model, origin = load_model(run, device, None if precision == "own" else precision)
+            if not args.precision and precision == "own" and model.config.precision == "bf16":
                 continue  # it was trained in bf16
             precision = model.config.precision
             line = fp4.backend(device) if precision.startswith("fp4") else ""
             print(f"{run} in {precision}", line, file=sys.stderr, flush=True)
-            config = Config(**{**origin, "dataset": args.dataset or origin["dataset"]})
-            if not config.dataset:
-                raise UserError(f"{run} has no dataset of its own. HINT: --dataset")
+            dataset, _ = held_out(run, origin, args.dataset)
+            config = Config(**{**origin, "dataset": dataset})
             config.block_size = args.block_size or min(config.block_size, 512)
             config.eval_windows = args.windows or config.eval_windows
-            prepare_if_missing(config.dataset)
-            check_tokenizer(origin, config.dataset, load(config.dataset, "val"))
             parts = measure(model, config, blimp, lambada, args.batch_tokens, args.limit)
             first = first or parts
             columns, phenomena = (

@@ -33,6 +33,9 @@ STYLES = {
     "fp4": {"color": "#c0392b", "marker": "o"},
     "fp4_mean": {"color": "#1f6fb4", "marker": "s"},
     "fp4_mean_paper": {"color": "#d98e04", "marker": "^"},
+    "fp4_project": {"color": "#2a8f5b", "marker": "D"},
+    "fp4_svd": {"color": "#7d4fa3", "marker": "v"},
+    "fp4_hadamard": {"color": "#888888", "marker": "<"},
 }
 BLUE, OCHRE = "#1f6fb4", "#d98e04"
 SMOOTH = 10  # steps of a training loss in nano.json
@@ -105,6 +108,36 @@ def draw_natural(stored):
     return figure
 
 
+def draw_train_on(stored):
+    """Validation loss of a real model trained on, and gaps to bf16, of the training loss too."""
+    figure, (left, middle, right) = panels(10, 3.8, 3)
+    curves = {}  # {precision: {seed: {"val": {step: loss}, "train": the same}}}
+    for r in stored["runs"]:
+        seeds = curves.setdefault(label(r), {})
+        seeds[r["seed"]] = {k: dict(r[k]) for k in ("val", "train")}
+    for name, seeds in curves.items():
+        style = STYLES[name] | {"ms": 4, "lw": 1.2}
+        losses = [[run["val"][s] for run in seeds.values()] for s in seeds[1]["val"]]
+        left.plot(list(seeds[1]["val"]), np.mean(losses, 1), **style, label=name)
+        for ax, key in ((middle, "val"), (right, "train")):
+            if name == "bf16":
+                continue
+            steps = list(seeds[1][key])
+            gaps = np.array([
+                [run[key][s] - curves["bf16"][seed][key][s] for s in steps]
+                for seed, run in seeds.items()
+            ])  # fmt: skip
+            many = len(gaps) > 1
+            error = gaps.std(0, ddof=1) / len(gaps) ** 0.5 if many else None
+            ax.errorbar(steps, gaps.mean(0), error, **style, capsize=2, ls="-" if many else ":")
+    left.set(title="validation loss, nats a token")
+    left.legend(frameon=False)
+    middle.set(title="minus bf16's", ylim=(0, None))
+    right.set(title="the same of the training loss", ylim=(0, None))
+    figure.supxlabel("step", fontsize=10)
+    return figure
+
+
 def draw_ablations(stored):
     """What one changed choice costs, without an added mean and with one."""
     rows = summary(stored["runs"], stored["base"])
@@ -151,8 +184,8 @@ def draw_nano(stored):
 
 
 def draw_stripes(stages):
-    """A layer's input with a strong mean, added by hand; what tells its tokens apart; and the error
-    of NVFP4 on that, as it is and centered."""
+    """A layer's input, with a strong mean added by hand if there is one such; what tells its tokens
+    apart; and the error of NVFP4 on that, as it is and centered."""
     largest = stages[-1]["largest"]
     (rms, image), mean = list(largest["images"].items())[-1], torch.tensor(largest["mean"])
     x, own = torch.tensor(image["x"]), torch.tensor(largest["images"]["0"]["x"])
@@ -162,8 +195,9 @@ def draw_stripes(stages):
     off = [
         f"{error.square().mean().sqrt() / residual.square().mean().sqrt():.0%}" for error in errors
     ]
+    added = f"{rms} RMS of mean added\n(artificial)"
     shown = {
-        f"input, {rms} RMS of mean added\n(artificial)": (x, 3),
+        "input\n" if rms == "0" else f"input, {added}": (x, 3),
         "what tells tokens apart:\nthe input less its mean": (residual, 3),
         f"error of NVFP4:\n{off[0]} of what tells them apart": (errors[0], 1),
         f"error of NVFP4 after centering:\n{off[1]}": (errors[1], 1),
@@ -201,14 +235,36 @@ def draw_mean_share(stages):
     return figure
 
 
+def draw_depth(stages):
+    """The mean's share of X by depth beside that of the leading singular value, of all tokens and
+    without those of massive norm: a column for each kind of linear."""
+    linears = {name: sides["X"] for name, sides in stages[-1]["linears"].items()}
+    kinds = list(dict.fromkeys(name.split(".", 2)[2] for name in linears))
+    figure, axes = panels(10, 3.2, len(kinds), sharey=True)
+    for ax, kind in zip(axes, kinds, strict=True):
+        mine = [x for name, x in linears.items() if name.endswith(kind)]
+        rest = [x["massive"].get("without", x) for x in mine]
+        leading, less = ([np.ravel(x["leading_share"])[0] for x in group] for group in (mine, rest))
+        ax.plot(leading, "-", color=OCHRE, lw=1.2, label="leading singular value")
+        ax.plot(less, ":", color=OCHRE, lw=1.2, label="without massive tokens")
+        ax.plot([x["mean_share"] for x in mine], "-", color=BLUE, lw=1.8, label="mean")
+        ax.plot([x["mean_share"] for x in rest], ":", color=BLUE, lw=1.8, label="the same")
+        ax.set(title=kind, ylim=(0, 1))
+    axes[0].set(ylabel="share of the energy")
+    axes[-1].legend(frameon=False, fontsize=7)
+    figure.supxlabel("block", fontsize=10)
+    return figure
+
+
 def draw_remedies(stages):
     """The error that each remedy leaves: a dark bar with the model's own mean, and behind it a
-    light one with a strong mean."""
-    own, added = (stages[-1]["remedies"][rms] for rms in ("0", "4"))
+    light one with a strong mean, if there is one such."""
+    found = stages[-1]["remedies"]
+    own, named = found["0"], {"4": (0.35, "4 RMS added"), "0": (1, "the model's own mean")}
     figure, ax = panels(8, 5)
     for up, column, name, color in ((-0.2, 1, "fprop, varying", BLUE), (0.2, 4, "wgrad", OCHRE)):
         place = [k + up for k in range(len(own))]
-        for errors, shade, what in ((added, 0.35, "4 RMS added"), (own, 1, "the model's own mean")):
+        for errors, (shade, what) in ((found[k], v) for k, v in named.items() if k in found):
             values = [e[column] for e in errors.values()]
             ax.barh(place, values, 0.36, color=(color, shade), label=f"{name}: {what}")
     ax.set_yticks(range(len(own)), list(own))
@@ -224,8 +280,12 @@ FIGURES = {  # of a JSON file: the figures drawn from it
     "ablations": {"ablations": draw_ablations},
     "natural": {"natural": draw_natural},
     "nano": {"loss": draw_nano},
-    "analysis": {"stripes": draw_stripes, "mean_share": draw_mean_share, "remedies": draw_remedies},
-}
+    "analysis": {"mean_share": draw_mean_share, "remedies": draw_remedies},
+    "smollm2_analysis": {
+        "stripes": draw_stripes, "depth": draw_depth, "smollm2_remedies": draw_remedies
+    },
+    "train_on": {"train_on": draw_train_on},
+}  # fmt: skip
 
 
 def loss_curves(runs):

@@ -17,7 +17,7 @@ from nvfp4 import BLOCK, NVFP4, draw_seeds
 
 SIGNS = 1, 1, -1, 1, -1, -1, 1, -1, -1, -1, 1, 1, -1, 1, -1, -1  # of `rotate_tokens`
 CHOICES = {
-    "split": ("none", "mean", "svd"),
+    "split": ("none", "mean", "project", "svd"),
     "mean_format": ("fp32", "bf16", "nvfp4", "nvfp4_sr"),
 }
 
@@ -29,7 +29,8 @@ class Variant:
     X = left μ + R and D = left ν + S; for a mean, left is a column of ones. ValueError for
     choices that make no sense together."""
 
-    split: str = "mean"  # none, mean, or svd: the leading singular direction
+    split: str = "mean"  # none, mean, project or svd: see `split_off`; D is never projected
+    massive: bool = False  # tokens of X with 4 times the RMS norm multiply the unrounded W
     split_grad: bool = True  # of X and D; else of X alone
     mean_format: str = "fp32"  # of μ and ν: fp32, bf16, nvfp4 (μ to nearest) or nvfp4_sr
     round_mean_weight: bool = False  # multiply them with the rounded W instead of W
@@ -43,9 +44,10 @@ class Variant:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {choices}")
-        if self.cross_terms and (self.split == "none" or self.hadamard or not self.split_grad):
+        both = self.split in ("mean", "svd") and self.split_grad
+        if self.cross_terms and (not both or self.hadamard or self.massive):
             raise ValueError(
-                "cross_terms need X and D split, and no rotation: drop hadamard or cross_terms"
+                "cross_terms need X and D split alike, no rotation and no massive tokens: drop one"
             )
 
     def __call__(self, x, w):
@@ -58,6 +60,13 @@ RECIPES = fp4.RECIPES | {
     "fp4_hadamard": Variant(split="none", hadamard=True),  # arXiv 2509.25149
     "fp4_mean_hadamard": Variant(hadamard=True),
     "fp4_svd": Variant(split="svd", cross_terms=True),
+    # what a real model needs beyond its mean
+    "fp4_project": Variant(split="project"),
+    "fp4_project_1d": Variant(split="project", weight_1d=True),
+    "fp4_project_massive": Variant(split="project", massive=True),
+    "fp4_mean_massive": Variant(massive=True),
+    "fp4_1d": Variant(split="none", weight_1d=True),
+    "fp4_svd_1d": Variant(split="svd", cross_terms=True, weight_1d=True),
     # fp4_mean with one choice changed: the ablations of compare.py
     "fp4_mean_row_bf16": Variant(mean_format="bf16"),
     "fp4_mean_row_fp4": Variant(mean_format="nvfp4"),
@@ -71,20 +80,35 @@ RECIPES = fp4.RECIPES | {
 }
 
 
-def split_off(x, split):
-    """x (T, m) as left (T, 1) times right (1, m) plus a residual (T, m), FP32: the three of them.
+def massive_tokens(x):
+    """(k,) the tokens of x (T, m) with more than 4 times the RMS norm."""
+    energy = x.float().square().sum(1)
+    return (energy > 16 * energy.mean()).nonzero().flatten()
 
-    none: left and right are None. mean: left is all ones, right the mean over tokens. svd: the
-    leading singular direction, by power iteration from the longest row."""
+
+def split_off(x, split, without=None):
+    """x (T, m) as left (T, 1) times right (1, m) plus a residual (T, m), FP32: the three of them.
+    without (k,): tokens that count as absent, zero in left and residual.
+
+    none: left and right are None. mean: left is all ones, right the mean over tokens. project:
+    right is the mean's direction, a unit row, and left the tokens' components along it. Of these
+    two the residual's columns add up to zero. svd: the leading singular direction, by power
+    iteration from the longest row."""
     x = x.float()
+    present = torch.ones_like(x[:, :1])
+    if without is not None:
+        x, present = x.index_fill(0, without, 0), present.index_fill(0, without, 0)
     if split == "none":
         return None, None, x
     if split == "mean":
-        right = x.mean(0, keepdim=True)
-        return torch.ones_like(right[:, :1]).expand(len(x), 1), right, x - right
-    right = x[x.square().sum(1).argmax()][None]
-    for _ in range(8):
-        right = F.normalize((x @ right.t()).t() @ x)
+        right = x.sum(0, keepdim=True) / present.sum()
+        return present, right, x - present * right
+    if split == "project":
+        right = F.normalize(x.sum(0, keepdim=True))
+    else:
+        right = x[x.square().sum(1).argmax()][None]
+        for _ in range(8):
+            right = F.normalize((x @ right.t()).t() @ x)
     left = x @ right.t()
     return left, right, x - left * right
 
@@ -101,16 +125,16 @@ def rotate_tokens(x):
     return (torch.stack(rows, 1) * 0.25).flatten(0, 1)
 
 
-def _split_quantize(x, variant, split, rowwise, columnwise, seeds):
+def _split_quantize(x, variant, split, rowwise, columnwise, seeds, without=None):
     """x (T, m) as left (T, 1), right (1, m), and the residual in NVFP4 by row and by column, each
-    None where not wanted. seeds int32 (2,): round stochastically."""
+    None where not wanted. seeds int32 (2,): round stochastically. without: see `split_off`."""
     center_quantize = fp4.ops(x.device).center_quantize
     noise = seeds, variant.headroom
-    if split != "svd" and not variant.hadamard:
+    if split in ("none", "mean") and not variant.hadamard and without is None:
         mean, row, column = center_quantize(x, split == "mean", rowwise, columnwise, *noise)
         left = None if mean is None else mean.new_ones(1, 1).expand(len(x), 1)
         return left, mean, row, column
-    left, right, r = split_off(x, split)
+    left, right, r = split_off(x, split, without)
     row = center_quantize(r, False, True, False, *noise)[1] if rowwise else None
     r = rotate_tokens(r) if variant.hadamard else r
     column = center_quantize(r, False, False, True, *noise)[2] if columnwise else None
@@ -136,9 +160,12 @@ class _LinearVariant(torch.autograd.Function):
         f, noisy_mean = fp4.ops(x.device), variant.mean_format == "nvfp4_sr"
         seeds = draw_seeds(3, x.device) if variant.stochastic_x or noisy_mean else None
         noise = seeds[:2] if variant.stochastic_x else None
-        left, mu, r, r_col = _split_quantize(x, variant, variant.split, True, need_dw, noise)
+        massive = massive_tokens(x) if variant.massive else None
+        left, mu, r, r_col = _split_quantize(
+            x, variant, variant.split, True, need_dw, noise, massive
+        )
         if variant.weight_1d:
-            w_q, w_col = fp4.quantize(w), fp4.quantize(w, block=(16, 1))
+            _, w_q, w_col = f.center_quantize(w, False)
         else:
             w_q = w_col = f.quantize_weight(w)
 
@@ -148,11 +175,15 @@ class _LinearVariant(torch.autograd.Function):
             mu = _round_mean(mu, variant, seeds[2] if noisy_mean else None)
             row = mu @ (w_q.dequantize() if variant.round_mean_weight else w.float()).t()
         y = f.gemm(r, w_q.t(), x.dtype, row, left)
+        if variant.massive:
+            exact = x[massive].float()
+            y[massive] = (exact @ w.float().t()).to(y.dtype)
 
         for_dx = (
             (w if mu is not None else None, *w_col.tensors(), w_col.codes_col) if need_dx else ()
         )
-        for_dw = (left, mu, *r_col.tensors()) if need_dw else ()
+        for_massive = (massive, exact) if variant.massive else (None, None)
+        for_dw = (*for_massive, left, mu, *r_col.tensors()) if need_dw else ()
         ctx.save_for_backward(*for_dx, *for_dw)
         ctx.variant, ctx.dtype, ctx.block = variant, w.dtype, w_col.block
         ctx.rows = r_col.rows if need_dw else 0
@@ -165,6 +196,7 @@ class _LinearVariant(torch.autograd.Function):
         variant, saved, dx, dw = ctx.variant, ctx.saved_tensors, None, None
         f, seeds = fp4.ops(d.device), draw_seeds(3, d.device)
         split = variant.split if variant.split_grad else "none"
+        split = "mean" if split == "project" else split
         left, nu, s, s_col = _split_quantize(d, variant, split, need_dx, need_dw, seeds[:2])
         nu = None if nu is None else _round_mean(nu, variant, seeds[2])
 
@@ -179,16 +211,18 @@ class _LinearVariant(torch.autograd.Function):
 
         # ------------ wgrad: dW (n, m) = νᵀ (left_dᵀ left_x) μ + S~ᵀ R~ ------------
         if need_dw:
-            left_x, mu, *r_col = saved[-5:]
+            massive, exact, left_x, mu, *r_col = saved[-7:]
             r_col, outer = NVFP4(*r_col, block=(16, 1), rows=ctx.rows), None
-            if nu is not None:
-                outer = nu.t() * (len(d) if split == "mean" else (left * left_x).sum())
+            if mu is not None and (nu is None or variant.split == "project" or variant.massive):
+                outer = d.float().t() @ left_x  # in full, with its part of the cross terms
             elif mu is not None:
-                outer = d.float().t() @ left_x
+                outer = nu.t() * (len(d) if split == "mean" else (left * left_x).sum())
             dw = f.gemm(s_col.t(), r_col, mu.dtype if variant.cross_terms else ctx.dtype, mu, outer)
             if variant.cross_terms:  # νᵀ (left_dᵀ R~) + (S~ᵀ left_x) μ
                 dw.addmm_(nu.t(), left.t() @ r_col.dequantize())
                 dw = dw.addmm_(s_col.t().dequantize() @ left_x, mu).to(ctx.dtype)
+            if variant.massive:
+                dw = dw + (d[massive].float().t() @ exact).to(dw.dtype)
         return dx, dw, None
 
 

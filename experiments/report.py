@@ -29,8 +29,9 @@ def markdown(columns, rows):
 
 
 def label(record):
-    blocks = record.get("bf16_blocks")
-    return record["precision"] + (f", {blocks} block{'s' * (blocks > 1)} in bf16" if blocks else "")
+    blocks, rate = record.get("bf16_blocks"), record.get("learning_rate")
+    text = record["precision"] + (f", {blocks} block{'s' * (blocks > 1)} in bf16" if blocks else "")
+    return text + (f", learning rate {rate:g}" if rate else "")
 
 
 def summary(records, base):

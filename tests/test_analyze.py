@@ -1,9 +1,8 @@
 """analyze.py: its diagnostics against numpy and known answers, its remedies on a made-up mean, and
-all of it on a tiny checkpoint and a tiny random Qwen3."""
+all of it on a tiny checkpoint and on what is exported of it."""
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,9 @@ import numpy as np
 import pytest
 import reference
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fp4
+import hf
 import train
 from checkpoint import load_model
 from cli import UserError
@@ -49,25 +47,6 @@ def run(tmp_path_factory):
         patch.setattr(fp4, "fuse", lambda: "plain passes")
         train.main([*argv, "--precision", "bf16", "--keep"])
     return folder
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    """A random Qwen3ForCausalLM and the directory it is saved in, with a tokenizer of words."""
-    folder = tmp_path_factory.mktemp("Qwen3-0.1b")
-    config = transformers.Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-    words = np.random.default_rng(0).integers(0, 64, 200)
-    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in words))
-    return model, folder
 
 
 def normal(*shape, seed=0):
@@ -240,12 +219,27 @@ def test_only_centering_and_svd_remove_a_mean_in_all_features(operands):
     found = {name: errors(biased, name) for name in analyze.REMEDIES}
     for name in ("mean", "mean in FP4", "rank-1 SVD", "mean + Hadamard"):
         assert found[name]["fprop varying"] < 0.5 * found["none"]["fprop varying"]
-    for name in ("Hadamard, wgrad", "Hadamard, all", "outlier columns", "DuQuant", "per channel"):
+    for name in set(found) - {"mean", "mean in FP4", "rank-1 SVD", "mean + Hadamard"}:
         assert found[name]["fprop varying"] > 0.8 * found["none"]["fprop varying"]
     assert found["mean"]["fprop"] < 0.3 * found["mean in FP4"]["fprop"]
     assert found["mean"]["wgrad"] < 0.3 * found["none"]["wgrad"]
     dgrads = [e["dgrad"] for e in found.values()]  # W and D have no mean
     assert max(dgrads) < 1.3 * min(dgrads)
+
+
+def test_hot_channels_put_back_the_error_of_the_channels_with_most_of_it(operands):
+    x, w, _ = operands
+    x, hot = x.clone(), torch.tensor([5])  # 1% of 64 features: one
+    x[:, 5] *= 30
+
+    def coarse(a, *_):
+        return (a / 4).round() * 4
+
+    y = analyze.hot_channels(x, w, coarse, coarse)
+    rest = x.index_fill(1, hot, 0), w.index_fill(1, hot, 0)
+    torch.testing.assert_close(
+        y, x[:, hot] @ w[:, hot].t() + coarse(rest[0]) @ coarse(rest[1]).t(), rtol=1e-5, atol=1e-3
+    )
 
 
 def test_outlier_columns_and_scales_per_channel_help_against_one_large_feature(operands):
@@ -304,7 +298,7 @@ def test_noise_alone_is_not_taken_for_bias():
 
 
 def opened(run):
-    model, ids, targets = analyze.open_model(run / "step-2.pt", None, 64, "cpu")
+    model, ids, targets, _ = analyze.open_model(run / "step-2.pt", None, 64, "cpu")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, fp4.FP4Linear)}
     return model, layers, ids, targets
 
@@ -350,11 +344,15 @@ def test_two_stages_are_analyzed_stored_and_printed_again(run, tmp_path, capsys)
     printed = capsys.readouterr().out
     stages = json.loads(out.read_text())
     assert [s["name"] for s in stages] == ["step-0", run.name] and stages[0]["tokens"] == 64
-    assert "largest" not in stages[0] and out.stat().st_size < 50_000
+    assert "largest" not in stages[0] and out.stat().st_size < 60_000
     last = stages[1]
     shares = {n: v["X"]["mean_share"] for n, v in last["linears"].items()}
     assert max(shares, key=shares.get) == last["largest"]["linear"] and len(shares) == 8
-    assert all(name in printed for name in [*analyze.REMEDIES, *analyze.GRADIENTS, *shares])
+    kinds = ["attention.qkv", "attention.out", "ffn.gate_up", "ffn.down"]
+    assert all(name in printed for name in [*analyze.REMEDIES, *analyze.GRADIENTS, *kinds])
+    low, high = sorted(shares[f"blocks.{i}.ffn.down"] for i in (0, 1))
+    row = f"| ffn.down | X | {(low + high) / 2:.2g} ({low:.2g} to {high:.2g}) | "
+    assert row in printed
     assert f"{last['remedies']['4']['mean'][1]:.4f}" in printed
     x, strong = (np.array(last["largest"]["images"][rms]["x"]) for rms in "04")
     mean = np.array(last["largest"]["mean"])
@@ -371,50 +369,67 @@ def test_two_stages_are_analyzed_stored_and_printed_again(run, tmp_path, capsys)
     assert (RESULTS / "analysis.json").read_bytes() == committed
 
 
-def test_a_hugging_face_directory(qwen, tmp_path):
-    model, folder = qwen
-    out, seen = tmp_path / "a.json", []
-    analyze.main([str(folder), "--text", str(folder / "text.txt"), *SMALL, "--json", str(out)])
-    (stage,) = json.loads(out.read_text())
-    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0][0])
-    )
-    words = [int(word[1:]) for word in (folder / "text.txt").read_text().split()]
-    for start in (0, 200 - 33):  # the first and the last window of 32 and one more
-        model(torch.tensor([words[start : start + 32]]))
-    hook.remove()
-    x = torch.cat(seen).detach().numpy()
-    share = (x.mean(0) ** 2).sum() / (x**2).sum(1).mean()
-    assert stage["name"] == folder.name and len(stage["linears"]) == 8
-    assert stage["linears"]["blocks.1.ffn.down"]["X"]["mean_share"] == pytest.approx(share, 1e-3)
+def test_a_hugging_face_directory(run, tmp_path, capsys):
+    """The numbers of the run that it was made of, but for the added mean."""
+    hf.main(["to-hf", str(run), str(tmp_path / "hf")])
+    data, stages = ["--dataset", str(run / "data")], []
+    for i, argv in enumerate(([str(run)], [str(tmp_path / "hf"), *data])):
+        analyze.main([*argv, *SMALL, "--json", str(tmp_path / f"{i}.json")])
+        stages += json.loads((tmp_path / f"{i}.json").read_text())
+    ours, theirs = stages
+    assert theirs["name"] == "hf" and theirs["linears"] == ours["linears"]
+    assert theirs["gradients"] == ours["gradients"]
+    assert theirs["remedies"] == {"0": ours["remedies"]["0"]}
+    assert theirs["largest"]["images"] == {"0": ours["largest"]["images"]["0"]}
 
 
-def test_a_byte_order_mark_is_no_token(qwen, tmp_path):
-    text = (qwen[1] / "text.txt").read_text()
-    (tmp_path / "bom.txt").write_text(text, encoding="utf-8-sig")
-    paths = str(qwen[1] / "text.txt"), str(tmp_path / "bom.txt")
-    plain, marked = (analyze.open_model(qwen[1], path, 64, "cpu")[1] for path in paths)
-    assert torch.equal(plain, marked)
+def test_massive_tokens_are_named_and_left_out(run, tmp_path, monkeypatch, capsys):
+    x = known_mean(4.0)
+    assert analyze.diagnose(x)["massive"] == {}
+    spiked = torch.cat((x, torch.zeros(2, 32).double()))
+    spiked[256, 7], spiked[257, 7] = 3000.0, -5000.0
+    found = analyze.diagnose(spiked)
+    massive = found["massive"]
+    assert massive["tokens"] == [256, 257] and massive["energy"] > 0.99
+    median = spiked.norm(dim=1).median().item()
+    assert massive["to_median"] == pytest.approx(5000 / median, rel=1e-6)
+    assert found["mean_share"] < 0.01
+    due = {name: analyze.diagnose(x)[name] for name in massive["without"]}
+    due["leading_share"] = due["leading_share"][0]
+    assert massive["without"] == pytest.approx(due, rel=1e-6)
+
+    tensors = analyze.capture
+
+    def spike(*args):
+        seen = tensors(*args)
+        seen["blocks.1.ffn.down"][0][[3, 40]] *= 100
+        return seen
+
+    monkeypatch.setattr(analyze, "capture", spike)
+    analyze.main([str(run), *SMALL])
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "| 3, 40 |" in line)
+    assert row.startswith("| blocks.1.ffn.down | ") and row.count(" → ") == 4
 
 
-def test_errors_of_the_user(run, qwen, tmp_path):
-    folder, text = str(qwen[1]), str(qwen[1] / "text.txt")
-    (short := tmp_path / "short.txt").write_text("w1 w2")
+def test_errors_of_the_user(run, tmp_path):
+    hf.main(["to-hf", str(run), str(tmp_path / "hf")])
+    folder, data = str(tmp_path / "hf"), str(run / "data")
     (broken := tmp_path / "broken.json").write_text("{}")
-    bare = shutil.copytree(qwen[1], tmp_path / "bare", ignore=lambda *_: ["tokenizer.json"])
-    (bare / "tokenizer_config.json").unlink()
     stored = str(RESULTS / "analysis.json")
+    plays = get_encoding("plays")
+    tokens = encode(plays, ["To be, or not to be. " * 40])
+    write_dataset(tmp_path / "plays", plays, {"train": tokens, "val": tokens})
     for argv, message in {
         (): "required: path",
-        (folder,): "HINT: --text FILE",
-        (folder, "--text", str(short)): "2 tokens, fewer than 33",
-        (str(bare), "--text", text): "no tokenizer in",
-        (str(run), "--text", text): "--text is for Hugging Face",
+        (folder,): r"has no dataset of its own\. HINT: --dataset",
+        (folder, "--dataset", str(tmp_path / "plays")): "has tokens of plays",
+        (folder, "--dataset", str(tmp_path / "nowhere")): "nowhere",
         (str(tmp_path / "none.pt"),): "no checkpoint at",
         (str(run), "--seeds", "1"): "--seeds: 1 is not",
         (str(run), "--tokens", "0"): "--tokens: 0 is not",
         (stored, "--seeds", "2"): "takes no other argument",
         (stored, str(run)): "takes no other argument",
+        (stored, "--dataset", data): "takes no other argument",
         (str(tmp_path / "none.json"),): "cannot read .*none.json",
         (str(broken),): "is not what --json wrote",
     }.items():

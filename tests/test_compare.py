@@ -83,6 +83,32 @@ def test_runs_once_and_prints_the_table_of_its_json(toy, tmp_path, monkeypatch, 
     assert committed == {path: path.read_bytes() for path in RESULTS.iterdir()}
 
 
+def test_training_on_starts_from_the_weights_of_a_preset(small, monkeypatch, tmp_path, capsys):
+    compare.main(small)
+    on = {"init": "out/compare/tiny-4/bf16-0-1", "dataset": "out/plays-bytes", "eval_windows": 4}
+    on |= {"batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-4}
+    (tmp_path / "on.json").write_text(json.dumps(on))
+    grid = compare.grid(["fp4"], [0.0]) + compare.grid(["bf16"], [0.0], learning_rate=1e-3)
+    toy = {"seeds": 2, "steps": 2, "base": "fp4", "preset": "on.json", "settings": grid}
+    monkeypatch.setitem(compare.EXPERIMENTS, "toy", toy | {"once": compare.grid(["fp4_mean"], [0])})
+    capsys.readouterr()
+    compare.main(["toy", "--json", "on/toy.json"])
+    stored = json.loads((tmp_path / "on" / "toy.json").read_text())
+    runs = {(r["precision"], r.get("learning_rate"), r["seed"]): r for r in stored["runs"]}
+    assert (
+        len(runs) == 2 * 3 + 1 and ("fp4_mean", None, 1) in runs and stored["preset"] == "on.json"
+    )
+    before = read_metrics(tmp_path / on["init"])[-1]["val_loss"]
+    assert all(
+        r["val"][0][1] == pytest.approx(before, abs=1e-5) for k, r in runs.items() if k[0] == "bf16"
+    )
+    metrics = read_metrics(tmp_path / "out" / "compare" / "on-2" / "fp4-0-2")
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    assert runs["fp4", None, 2]["train"] == [[1, round(losses[0], 5)], [2, round(losses[1], 5)]]
+    assert runs["bf16", 1e-3, 1]["val"][-1] != runs["bf16", None, 1]["val"][-1]
+    assert "| `bf16, learning rate 0.001` |" in capsys.readouterr().out
+
+
 def test_goes_on_with_what_was_interrupted(small, monkeypatch):
     whole = train.learning_rate
 

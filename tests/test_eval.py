@@ -384,6 +384,19 @@ def test_the_command(data, tmp_path, monkeypatch, capsys):
     assert "LAMBADA is left out. HINT: --lambada" in printed and "BLiMP is left" not in printed
 
 
+def test_own_is_the_precision_of_the_training_and_pairs_have_a_limit_of_their_own(
+    data, tmp_path, monkeypatch, capsys
+):
+    runs = [save_run(tmp_path / p, config_of(data, p)) for p in ("bf16", "fp4_mean")]
+    argv = ["--out-dir", *runs, "--precision", "own", "--limit", 9, "--pairs", 1]
+    argv += ["--blimp", blimp_tar(tmp_path / "b.tar.xz"), "--json", tmp_path / "own.json"]
+    command(monkeypatch, capsys, *argv)
+    rows = json.loads((tmp_path / "own.json").read_text())
+    assert [r["in"] for r in rows] == ["bf16", "fp4_mean"]
+    for row in rows:
+        assert row["columns"]["last word, %"][0] == 9 and row["columns"]["BLiMP, %"][0] == 2
+
+
 def test_without_data_it_says_where_to_get_it(data, tmp_path, monkeypatch, capsys):
     run = save_run(tmp_path / "run", config_of(data, "bf16"))
     (tmp_path / "l.jsonl").write_text(jsonl([{"text": "I saw the king"}]))

@@ -47,10 +47,10 @@ def test_curves_of_runs(tmp_path, monkeypatch):
         "fp4": {"train": [[5, 2.0], [15, 2.0], [25, 2.0]], "val": [[0, 9], [10, 8.5], [20, 8]]},
     }
     assert (tmp_path / "assets" / "loss.png").stat().st_size > 10_000
-    svd = fake_run(tmp_path / "c", "fp4_svd", [2.0] * 10, [9])
+    odd = fake_run(tmp_path / "c", "fp4_mean_sr", [2.0] * 10, [9])
     for argv, message in {
         (runs[1],): "takes runs of bf16",
-        (runs[0], svd): "takes runs of bf16",
+        (runs[0], odd): "takes runs of bf16",
         (str(tmp_path),): "is no run of 10 steps",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -96,6 +96,8 @@ def test_centering_makes_the_added_mean_invisible():
         {"split_grad": False, "cross_terms": True},
         {"mean_format": "fp8"},
         {"split": "none", "cross_terms": True},
+        {"split": "project", "cross_terms": True},
+        {"massive": True, "cross_terms": True},
     ],
 )
 def test_choices_must_make_sense(wrong):
@@ -205,7 +207,7 @@ def test_x_alone_is_centered(monkeypatch):
     assert (backward(linear, x, d)[2] - d.t() @ x).abs().max() < 32 * 10 * 5 * 32 * 2**-24
 
 
-@pytest.mark.parametrize("how", ["mean", "svd"])
+@pytest.mark.parametrize("how", ["mean", "project", "svd"])
 def test_split_off(how, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     x = torch.randn(40, 24).double() + torch.randn(24)
@@ -214,10 +216,55 @@ def test_split_off(how, monkeypatch):
     if how == "mean":
         assert torch.equal(left, torch.ones(40, 1).double())
         assert torch.equal(right[0], x.mean(0))
+    elif how == "project":
+        assert relative(right[0] * x.mean(0).norm(), x.mean(0)) < 1e-15
+        assert (residual @ right.t()).abs().max() < 1e-14 and residual.mean(0).abs().max() < 1e-14
     else:
         u, s, v = torch.linalg.svd(x)
         # 8 iterations shrink the rest by (s1/s0)^16
         assert relative(left @ right, s[0] * u[:, :1] @ v[:1]) < 2 * (s[1] / s[0]) ** 16 * 10
+
+
+@pytest.mark.parametrize("split", ["none", "mean", "project", "svd"])
+def test_massive_tokens_multiply_the_unrounded_weight(split):
+    """Their outputs are exact, the others what they are without them, and so is dW but for their
+    part of it, which is exact too."""
+    x, d = torch.randn(50, 32) + 1, torch.randn(50, 48)
+    x[[3, 17]] *= 100
+    rest = torch.ones(50, dtype=torch.bool)
+    rest[[3, 17]] = False
+    assert recipes.massive_tokens(x).tolist() == [3, 17]
+    assert not len(recipes.massive_tokens(x[rest]))
+    linear = layer(Variant(split=split, massive=True), bias=False)
+    y, _, dw = backward(linear, x, d)
+    torch.testing.assert_close(y[~rest], x[~rest] @ linear.weight.t())
+    linear.recipe = Variant(split=split)
+    torch.testing.assert_close(y[rest], backward(linear, x[rest], d[rest])[0])
+    error = dw - d.t() @ x  # that of the rest: relative to the 100 times larger whole it is small
+    assert error.norm() < 0.3 * (d[rest].t() @ x[rest]).norm()
+
+
+@pytest.mark.parametrize("split", ["none", "mean", "project"])
+def test_massive_tokens_change_nothing_in_exact_arithmetic(exact, split):
+    x, d = torch.randn(50, 32).double() + 1, torch.randn(50, 48).double() + 1
+    x[[3, 17]] *= 100
+    for split_grad in (True, False):
+        linear = layer(Variant(split, massive=True, split_grad=split_grad), dtype=torch.float64)
+        got = backward(linear, x, d)
+        linear.recipe = RECIPES["fp32"]
+        for a, b in zip(got, backward(linear, x, d), strict=True):
+            assert (a - b).abs().max() < 1e-9
+
+
+def test_a_projection_has_no_cross_terms_left():
+    """Whatever D is rounded to, dW's part along the mean is exact."""
+    x, d = torch.randn(64, 32) + 3, torch.randn(64, 48)
+    dw = backward(layer("fp4_project", bias=False), x, d)[2]
+    u = torch.nn.functional.normalize(x.mean(0), dim=0)
+    residual = x - x @ u[:, None] * u
+    due = d.t() @ (x @ u)
+    noise = fp4.quantize(residual, block=(16, 1)).dequantize() @ u  # R~ is not quite orthogonal
+    assert (dw @ u - due).norm() < 2 * d.norm() * noise.norm() / 8 < 0.05 * due.norm()
 
 
 def test_hadamard_cancels():
