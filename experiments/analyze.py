@@ -37,6 +37,7 @@ GRADIENTS = (
     "fp4", "fp4_mean", "fp4_mean_paper", "fp4_hadamard", "fp4_svd", "fp4_project", "fp4_1d",
     "fp4_mean_1d", "fp4_project_1d",
 )  # fmt: skip
+FIRST = "fp4", "fp4_mean", "fp4_project", "fp4_svd"
 CROP = 64  # tokens and features of the image
 
 # ------------------------------------------------------------------------------------------------
@@ -270,6 +271,19 @@ def remedy_errors(tensors, weights, rms):
     return {name: square.sqrt().tolist() for name, square in squares.items()}
 
 
+def first_tokens(x, w, length):
+    """Of X, sequences of `length` tokens one after another: "along", the component of their first
+    tokens along the mean, relative to the mean of the others'; and for each recipe of FIRST
+    fprop's relative error on the first tokens, and on the others."""
+    first = torch.arange(len(x), device=x.device) % length == 0
+    along, y = x @ x.mean(0), x @ w.t()
+    found = {"along": (along[first].mean() / along[~first].mean()).item()}
+    for recipe in FIRST:
+        error = RECIPES[recipe](x, w).detach() - y
+        found[recipe] = [(error[rows].norm() / y[rows].norm()).item() for rows in (first, ~first)]
+    return found
+
+
 # ------------------------------------------------------------------------------------------------
 # The whole gradient.
 
@@ -377,6 +391,7 @@ def analyze(path, dataset, tokens, seeds, device):
         "name": path.parent.name if path.name == "checkpoint.pt" else path.name.removesuffix(".pt"),
         "tokens": ids.numel(),
         "linears": linears,
+        "first": {n: first_tokens(x, weights[n], ids.shape[1]) for n, (x, _) in tensors.items()},
         "remedies": {f"{rms:g}": remedy_errors(tensors, weights, rms) for rms in added},
         "gradients": gradient_errors(model, layers, ids, targets, seeds),
         "largest": {
@@ -403,8 +418,8 @@ def rounded(value):
 
 
 def over_blocks(values):
-    """Of one measure in every block: the median, and the least and the largest; or, of pairs,
-    before and after centering, the two medians."""
+    """Of one measure in every block: the median, and the least and the largest; or, of pairs, the
+    two medians."""
     if isinstance(values[0], list):
         return " → ".join(f"{statistics.median(v):.2g}" for v in zip(*values, strict=True))
     return f"{statistics.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
@@ -434,6 +449,16 @@ def tables(stage):
         without = (n.replace("_", " ") for n in WITHOUT)
         yield "tokens with 4 times the RMS norm: all → without them"
         yield markdown((*columns, *without), rows)
+    kinds = {}
+    for name, found in stage.get("first", {}).items():
+        kinds.setdefault(name.split(".", 2)[2], []).append(found)
+    if kinds:
+        names = list(found)
+        yield "fprop's relative error on the first token of a sequence → on the others, medians"
+        rows = [
+            (k, *(over_blocks([f[n] for f in every]) for n in names)) for k, every in kinds.items()
+        ]
+        yield markdown(("linears", "first token's component along the mean", *names[1:]), rows)
     for rms, errors in stage["remedies"].items():
         rows = [(n, *(f"{v:.4f}" for v in e), REMEDIES[n][1]) for n, e in errors.items()]
         yield f"relative error of each GEMM, {TITLES[rms]}"

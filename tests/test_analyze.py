@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from helpers import relative
 
 import fp4
 import hf
@@ -269,6 +270,23 @@ def test_errors_are_root_mean_squares_over_linears_and_the_added_mean_is_the_rec
     still = analyze.remedy_errors({"a": (x, d)}, {"a": w}, 0.0)
     assert added["mean"][4] == pytest.approx(still["mean"][4], rel=0.02)
     assert added["none"][4] > 2 * still["none"][4]
+
+
+def test_the_error_of_first_tokens_that_lack_the_mean(operands):
+    """Subtraction hands them the mean, with its sign turned; a projection does not."""
+    x, w, _ = operands
+    x = 0.1 * x + 4 * normal(64, seed=3)
+    first = torch.arange(128) % 32 == 0
+    x[first] = 0.1 * operands[0][first]
+    found = analyze.first_tokens(x, w, 32)
+    u = torch.nn.functional.normalize(x.mean(0), dim=0)
+    assert found["along"] == pytest.approx(((x @ u)[first].mean() / (x @ u)[~first].mean()).item())
+    y = fp4.quantize(x).dequantize() @ fp4.quantize(w, block=(16, 16)).dequantize().t()
+    due = [relative(y[rows], (x @ w.t())[rows]) for rows in (first, ~first)]
+    assert found["fp4"] == pytest.approx(due, rel=1e-4)
+    assert found["fp4_mean"][0] > 5 * found["fp4"][0] and found["fp4_mean"][1] < found["fp4"][1] / 5
+    assert found["fp4_project"][0] < 1.5 * found["fp4"][0]
+    assert found["fp4_project"][1] < found["fp4"][1] / 5
 
 
 # Gradients.
