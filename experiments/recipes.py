@@ -95,7 +95,7 @@ def split_off(x, split, without=None):
     two the residual's columns add up to zero. svd: the leading singular direction, by power
     iteration from the longest row."""
     x = x.float()
-    present = torch.ones_like(x[:, :1])
+    present = x.new_ones(1, 1).expand(len(x), 1)  # no memory, like those of the core
     if without is not None:
         x, present = x.index_fill(0, without, 0), present.index_fill(0, without, 0)
     if split == "none":
@@ -165,7 +165,7 @@ class _LinearVariant(torch.autograd.Function):
             x, variant, variant.split, True, need_dw, noise, massive
         )
         if variant.weight_1d:
-            _, w_q, w_col = f.center_quantize(w, False)
+            _, w_q, w_col = f.center_quantize(w, False, columnwise=need_dx)
         else:
             w_q = w_col = f.quantize_weight(w)
 
@@ -185,7 +185,7 @@ class _LinearVariant(torch.autograd.Function):
         for_massive = (massive, exact) if variant.massive else (None, None)
         for_dw = (*for_massive, left, mu, *r_col.tensors()) if need_dw else ()
         ctx.save_for_backward(*for_dx, *for_dw)
-        ctx.variant, ctx.dtype, ctx.block = variant, w.dtype, w_col.block
+        ctx.variant, ctx.dtype, ctx.block = variant, w.dtype, w_col and w_col.block
         ctx.rows = r_col.rows if need_dw else 0
         return y
 

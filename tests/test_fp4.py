@@ -245,11 +245,15 @@ def test_backward_keeps_4_and_a_half_bits_a_value(recipe):
     assert x.untyped_storage().data_ptr() not in storages
     storages.pop(linear.weight.untyped_storage().data_ptr(), None)  # needed by the mean alone
     kept = sum(t.untyped_storage().nbytes() for t in storages.values())
-    block = (16, 1) if recipe == "fp4_mean_1d" else (16, 16)
+    variant = RECIPES[recipe]
+    variant = (
+        variant if isinstance(variant, Variant) else Variant("none" if recipe == "fp4" else "mean")
+    )
+    block = (16, 1) if variant.weight_1d else (16, 16)
     weight = sum(t.nbytes for t in fp4.quantize(linear.weight, block=block).tensors())
-    split = getattr(RECIPES[recipe], "split", "none" if recipe == "fp4" else "mean")
-    row = {"none": 0, "mean": 4 * m, "svd": 4 * (m + tokens)}[split]
-    assert kept - weight <= 4.5 / 8 * tokens * m + row + 64  # 64: scalars
+    ones = variant.split == "mean" and not variant.massive  # a single 1 stands for them
+    rows = 0 if variant.split == "none" else 4 * m + (0 if ones else 4 * tokens)
+    assert kept - weight <= 4.5 / 8 * tokens * m + rows + 64  # 64: scalars
 
 
 # ------------------------------------------------------------------------------------------------
@@ -362,8 +366,9 @@ def test_only_what_a_gradient_needs_is_rounded_saved_and_multiplied(recipe, work
 def test_no_grad_rounds_nothing_for_backward(recipe, work):
     with torch.no_grad():
         layer(recipe)(torch.randn(16, 32))
-    fprop = [b for b in work["rounded"] if b != (1, 16)]
-    assert fprop == [(16, 1)] * (recipe == "fp4_mean_1d") + [(16, 16)] * (recipe != "fp4_mean_1d")
+    weight_1d = getattr(RECIPES[recipe], "weight_1d", False)
+    assert work["rounded"][:2] == [(1, 16), (1, 16) if weight_1d else (16, 16)]
+    assert set(work["rounded"][2:]) <= {(1, 16)}  # of the mean
 
 
 def network():
