@@ -380,7 +380,7 @@ def analyze(path, dataset, tokens, seeds, device):
     largest = max(linears, key=lambda n: linears[n]["X"]["mean_share"])
     x = tensors[largest][0]
     mean = x.mean(0)
-    first = mean.square().unfold(0, min(CROP, len(mean)), 1).sum(1).argmax().item()
+    first = 16 * mean.square().unfold(0, min(CROP, len(mean)), 16).sum(1).argmax().item()
     codes, images = {}, {}
     for rms in added:
         y = x + AddedMean(None, rms).mean(x)

@@ -184,23 +184,21 @@ def draw_nano(stored):
 
 
 def draw_stripes(stages):
-    """A layer's input, with a strong mean added by hand if there is one such; what tells its tokens
-    apart; and the error of NVFP4 on that, as it is and centered."""
+    """A layer's input; what tells its tokens apart; and the error of NVFP4 on that, as it is and
+    centered. In units of the typical size of what tells tokens apart, by its median."""
     largest = stages[-1]["largest"]
-    (rms, image), mean = list(largest["images"].items())[-1], torch.tensor(largest["mean"])
-    x, own = torch.tensor(image["x"]), torch.tensor(largest["images"]["0"]["x"])
-    residual = own - mean  # an added mean leaves it as it is
+    x, mean = torch.tensor(largest["images"]["0"]["x"]), torch.tensor(largest["mean"])
+    residual = x - mean
     errors = [quantize(t).dequantize() - t for t in (x, residual)]
-    size = own.square().mean().sqrt()
-    off = [
-        f"{error.square().mean().sqrt() / residual.square().mean().sqrt():.0%}" for error in errors
-    ]
-    added = f"{rms} RMS of mean added\n(artificial)"
+    size = residual.abs().median() / 0.6745  # of a Gaussian the standard deviation
+    top = mean.abs().argmax().item()  # and the 15 features of its block
+    beside = [i for i in range(top // 16 * 16, top // 16 * 16 + 16) if i != top]
+    off = [f"{(e[:, beside].norm() / residual[:, beside].norm()).item():.0%}" for e in errors]
     shown = {
-        "input\n" if rms == "0" else f"input, {added}": (x, 3),
-        "what tells tokens apart:\nthe input less its mean": (residual, 3),
-        f"error of NVFP4:\n{off[0]} of what tells them apart": (errors[0], 1),
-        f"error of NVFP4 after centering:\n{off[1]}": (errors[1], 1),
+        "input": (x, 6),
+        "what tells tokens apart:\nthe input less its mean": (residual, 6),
+        f"error of NVFP4: {off[0]} of that\nin the block of the stripe": (errors[0], 3),
+        f"error of NVFP4 after centering:\n{off[1]}": (errors[1], 3),
     }
     figure, axes = panels(11, 3.1, 4, sharey=True)
     for ax, (title, (values, limit)) in zip(axes, shown.items(), strict=True):
@@ -209,9 +207,9 @@ def draw_stripes(stages):
         ax.set_title(title, fontsize=9)
         if ax in axes[1::2]:
             bar = figure.colorbar(
-                drawn, ax=axes[:2] if limit == 3 else axes[2:], shrink=0.7, pad=0.01
+                drawn, ax=axes[:2] if limit == 6 else axes[2:], shrink=0.7, pad=0.01
             )
-            bar.set_label("RMS of the model's own input", fontsize=8)
+            bar.set_label("typical differences", fontsize=8)
     axes[0].set(ylabel="token")
     figure.supxlabel(f"feature of the input of {largest['linear']}", fontsize=9)
     return figure
@@ -246,12 +244,12 @@ def draw_depth(stages):
         rest = [x["massive"].get("without", x) for x in mine]
         leading, less = ([np.ravel(x["leading_share"])[0] for x in group] for group in (mine, rest))
         ax.plot(leading, "-", color=OCHRE, lw=1.2, label="leading singular value")
-        ax.plot(less, ":", color=OCHRE, lw=1.2, label="without massive tokens")
+        ax.plot(less, ":", color=OCHRE, lw=1.2, label="... without massive tokens")
         ax.plot([x["mean_share"] for x in mine], "-", color=BLUE, lw=1.8, label="mean")
-        ax.plot([x["mean_share"] for x in rest], ":", color=BLUE, lw=1.8, label="the same")
+        ax.plot([x["mean_share"] for x in rest], ":", color=BLUE, lw=1.8, label="... without them")
         ax.set(title=kind, ylim=(0, 1))
     axes[0].set(ylabel="share of the energy")
-    axes[-1].legend(frameon=False, fontsize=7)
+    axes[2].legend(frameon=False, fontsize=8, loc="upper left")
     figure.supxlabel("block", fontsize=10)
     return figure
 
