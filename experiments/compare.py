@@ -158,9 +158,9 @@ def table(rows, base):
             f"{r[k]:+.{digits}f} ± {r[f'{k}_error']:.{digits}f}".replace(" ± nan", "")
             for k, digits in (("percent", 2), ("to_base", 4))
         )
-        fewer = f", {r['seeds']} of the seeds" * (r["seeds"] < rows[0]["seeds"])
+        name = r["label"] + f", {r['seeds']} seed" * (r["seeds"] < rows[0]["seeds"])
         lines.append((
-            f"`{r['label']}`{fewer}", f"{r['added_mean']:g}", f"{r['share']:.3f}", f"{r['loss']:.4f}",
+            f"`{name}`", f"{r['added_mean']:g}", f"{r['share']:.3f}", f"{r['loss']:.4f}",
             percent, "" if r["label"] in ("bf16", base) else to_base,
         ))  # fmt: skip
     return markdown((*columns, f"minus {base}"), lines)
