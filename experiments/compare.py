@@ -53,9 +53,8 @@ EXPERIMENTS = {
         "settings": grid(["fp4", "fp4_mean"], [0.0]),
     },
     "train_on": {
-        "seeds": 3, "steps": 60, "base": "fp4", "preset": "smollm2",
-        "settings": grid(["fp4", "fp4_mean"], [0.0]),
-        "once": grid(["fp4_mean_paper", "fp4_hadamard", "fp4_svd"], [0.0]),
+        "seeds": 2, "steps": 60, "base": "fp4", "preset": "smollm2",
+        "settings": grid(["fp4", "fp4_mean", "fp4_project_1d"], [0.0]),
     },
     "rates": {
         "seeds": 1, "steps": 60, "base": "bf16", "preset": "smollm2",
@@ -203,7 +202,7 @@ def main(argv=None):
     names = ", ".join(EXPERIMENTS)
     parser.add_argument("experiment", help=f"{names}, or a .json file to print the table of")
     parser.add_argument("--preset", help="of train.py (micro, or smollm2)")
-    parser.add_argument("--seeds", type=number(int), help="(3; natural and rates 1)")
+    parser.add_argument("--seeds", type=number(int), help="(3; train_on 2, natural and rates 1)")
     parser.add_argument("--steps", type=number(int), help="(300; natural 2000, SmolLM2's 60)")
     parser.add_argument("--json", type=Path, help="keep the numbers there")
     args = parser.parse_args(argv)

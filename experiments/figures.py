@@ -33,7 +33,7 @@ STYLES = {
     "fp4": {"color": "#c0392b", "marker": "o"},
     "fp4_mean": {"color": "#1f6fb4", "marker": "s"},
     "fp4_mean_paper": {"color": "#d98e04", "marker": "^"},
-    "fp4_project": {"color": "#2a8f5b", "marker": "D"},
+    "fp4_project_1d": {"color": "#2a8f5b", "marker": "D"},
     "fp4_svd": {"color": "#7d4fa3", "marker": "v"},
     "fp4_hadamard": {"color": "#888888", "marker": "<"},
 }

@@ -240,7 +240,7 @@ def test_summary():
     assert "| +6.00 ± 2.00 | -0.2500 ± 0.0500 |" in printed[4] and "nan" not in "".join(printed)
 
 
-@pytest.mark.parametrize("name", ["added_mean", "natural", "ablations"])
+@pytest.mark.parametrize("name", ["added_mean", "natural", "ablations", "train_on"])
 def test_committed_results_are_those_of_the_listed_settings(name, capsys):
     stored = json.loads((RESULTS / f"{name}.json").read_text())
     experiment = compare.EXPERIMENTS[name]
@@ -251,9 +251,9 @@ def test_committed_results_are_those_of_the_listed_settings(name, capsys):
     assert len({knobs["out_dir"] for knobs in made}) == len(made)
     assert all(knobs["precision"] in RECIPES for knobs in made)
     compare.main([str(RESULTS / f"{name}.json")])
-    assert (
-        f"\nmicro, {stored['steps']} steps, {experiment['seeds']} seed" in capsys.readouterr().out
-    )
+    preset = experiment.get("preset", "micro")
+    line = f"\n{preset}, {stored['steps']} steps, {experiment['seeds']} seed"
+    assert stored["preset"] == preset and line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
