@@ -570,7 +570,7 @@ def without_tokenizer(path):
         (lambda p: write_llama(p, 40), "", "multiples of 16"),
         (lambda p: (p / "model.safetensors").unlink(), "", "cannot read .*model.safetensors"),
         (lambda p: (p / "config.json").unlink(), "", "cannot read .*other/config.json"),
-        (shutil.rmtree, "", "cannot read .*config.json"),
+        (shutil.rmtree, "", "no model at .*HINT: python hf.py smollm2"),
         (lambda p: write_tokenizer(p, range(255, -1, -1)), "", "data has tokens of bytes, .*other "
          r"reads those of .*other\. HINT: python data/shakespeare/prepare\.py --tokenizer .*other, "
          "and then --dataset shakespeare-other"),
