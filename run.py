@@ -161,8 +161,8 @@ class World:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.split(":")[0] not in ("cpu", "cuda"):
             raise UserError(f"--device {device} is not auto, cpu, cuda or cuda:N")
-        if device == "cuda" and self.size > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {device}: PyTorch sees no CUDA GPU here")
         try:

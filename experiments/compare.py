@@ -4,7 +4,8 @@
     python experiments/compare.py ablations     fp4_mean with one choice changed, at 0 and 4 RMS
     python experiments/compare.py natural       a longer run, with the mean that training makes
     python experiments/compare.py train_on      a real model, SmolLM2, and its own mean
-    python experiments/compare.py rates         the same in bf16, at three learning rates
+    python experiments/compare.py novels        the same with 16,384 tokens a step, on a GPU
+    python experiments/compare.py rates         train_on in bf16, at three learning rates
     python experiments/compare.py experiments/results/natural.json      a table again, no training
 
 A run is a folder of train.py's, out/compare/PRESET-STEPS/PRECISION-ADDED_MEAN-SEED. What is
@@ -39,7 +40,7 @@ PATHS = ["row_bf16", "row_fp4", "row_fp4_sr", "row_weight", "cross", "x"]  # of 
 ROUNDING = ["x", "headroom", "sr", "1d"]
 EXPERIMENTS = {
     # base: to what differences are taken; keep: the checkpoints, for analyze.py; preset: else micro
-    # on bytes of the plays; once: settings for the first seed alone
+    # on bytes of the plays; windows: of validation text, else the preset's
     "added_mean": {"seeds": 3, "steps": 300, "base": "fp4", "settings": grid(FP4, [0.0, 4.0, 8.0])},
     "ablations": {
         "seeds": 3, "steps": 300, "base": "fp4_mean",
@@ -53,11 +54,15 @@ EXPERIMENTS = {
         "settings": grid(["fp4", "fp4_mean"], [0.0]),
     },
     "train_on": {
-        "seeds": 2, "steps": 60, "base": "fp4", "preset": "smollm2",
+        "seeds": 3, "steps": 60, "base": "fp4", "preset": "smollm2", "windows": 32,
+        "settings": grid([*FP4, "fp4_project", "fp4_mean_1d", "fp4_project_1d"], [0.0]),
+    },
+    "novels": {
+        "seeds": 1, "steps": 300, "base": "fp4", "preset": "smollm2-16k",
         "settings": grid(["fp4", "fp4_mean", "fp4_project_1d"], [0.0]),
     },
     "rates": {
-        "seeds": 1, "steps": 60, "base": "bf16", "preset": "smollm2",
+        "seeds": 1, "steps": 60, "base": "bf16", "preset": "smollm2", "windows": 32,
         "settings": grid(["bf16"], [0.0], learning_rate=3e-5)
         + grid(["bf16"], [0.0], learning_rate=3e-4),
     },
@@ -88,11 +93,12 @@ def runs(name, preset, seeds, steps):
     folder = OUT / "compare" / f"{Path(preset).stem}-{steps}"
     common = {"max_steps": steps, "eval_interval": max(1, min(steps // 5, 200))}
     common |= {"keep": experiment.get("keep", False)}
+    if "windows" in experiment:
+        common["eval_windows"] = experiment["windows"]
     if "preset" not in experiment:
         common["dataset"] = str(OUT / "plays-bytes")
     for seed in range(1, seeds + 1):
-        once = experiment.get("once", []) if seed == 1 else []
-        for setting in [*grid(["bf16"], [0.0]), *experiment["settings"], *once]:
+        for setting in [*grid(["bf16"], [0.0]), *experiment["settings"]]:
             out = folder / "-".join(
                 f"{v:g}" if isinstance(v, float) else str(v) for v in setting.values()
             )
@@ -202,7 +208,7 @@ def main(argv=None):
     names = ", ".join(EXPERIMENTS)
     parser.add_argument("experiment", help=f"{names}, or a .json file to print the table of")
     parser.add_argument("--preset", help="of train.py (micro, or smollm2)")
-    parser.add_argument("--seeds", type=number(int), help="(3; train_on 2, natural and rates 1)")
+    parser.add_argument("--seeds", type=number(int), help="(3; natural, novels and rates 1)")
     parser.add_argument("--steps", type=number(int), help="(300; natural 2000, SmolLM2's 60)")
     parser.add_argument("--json", type=Path, help="keep the numbers there")
     args = parser.parse_args(argv)
