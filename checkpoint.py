@@ -128,14 +128,14 @@ def check_tokenizer(origin, dataset, tokens):
         )
 
 
-def held_out(path, origin, dataset=None):
-    """The name and the validation Tokens of a dataset, by default the run's own, for the model of
-    `path`, whose config is origin."""
+def text_for(path, origin, dataset=None, split="val"):
+    """The name of a dataset, by default the run's own, and the Tokens of a part of it, for the
+    model of `path`, whose config is origin."""
     dataset = dataset or origin["dataset"]
     if not dataset:
         raise UserError(f"{path} has no dataset of its own. HINT: --dataset")
     prepare_if_missing(dataset)
-    tokens = load(dataset, "val")
+    tokens = load(dataset, split)
     check_tokenizer(origin, dataset, tokens)
     return dataset, tokens
 

@@ -212,7 +212,7 @@ class GPT(nn.Module):
         Keys and values are cached; attention sees the last block_size tokens.
 
         The mean over a single token is the token itself, so at batch size 1 fp4_mean decodes in
-        high precision."""
+        high precision, but with stored means (inference.py) in 4 bits."""
         cache = [[] for _ in self.blocks]
         fresh = tokens[:, -self.config.block_size :]
         start = 0

@@ -202,7 +202,7 @@ class NVFP4:
 
 
 @torch.no_grad()
-def quantize(x, *, block=(1, 16), stochastic=False, seed=None, headroom=False):
+def quantize(x, *, block=(1, 16), stochastic=False, seed=None, headroom=False, amax=None):
     """Round x to NVFP4.
 
     x           (R, C), of any float dtype and strides, taken in FP32; C a multiple of bw; zeros pad
@@ -212,6 +212,8 @@ def quantize(x, *, block=(1, 16), stochastic=False, seed=None, headroom=False):
                 int32 scalar tensor, or None for one from PyTorch's default generator
     headroom    block scales 17/16 larger: else E4M3 rounds some down, values saturate at 6, and
                 stochastic rounding is biased (slope .9966 on Gaussian data)
+    amax        FP32 scalar tensor, the largest magnitude if that is known before: what is larger
+                saturates. None: that of x
 
     Zero tensors and blocks give zeros; a NaN makes its block NaN, and no other. ValueError for a
     shape or block that does not fit. Arithmetic: Transformer Engine's reference quantizer, bit for
@@ -230,8 +232,8 @@ def quantize(x, *, block=(1, 16), stochastic=False, seed=None, headroom=False):
     if stochastic:
         seed = draw_seeds(1, x.device)[0] if seed is None else seed
         key = _hash(torch.as_tensor(seed, dtype=torch.int32, device=x.device))
-    block_amax, amax = _block_amax(x, block)
-    tensor_scale, encode, decode = _tensor_scales(amax.amax())
+    block_amax, largest = _block_amax(x, block)
+    tensor_scale, encode, decode = _tensor_scales(largest.amax() if amax is None else amax)
     scale, inverse = _block_scales(block_amax.flatten(), encode, decode, headroom)
     codes = _encode(x, inverse.view_as(block_amax), block, key).view(x.shape)
     scales = scale.to(torch.float8_e4m3fn).view(len(block_amax), -1)  # exact: e4m3_round was here

@@ -2,6 +2,9 @@
 
 python sample.py --out-dir out/nano-fp4_mean --prompt "HAMLET:" --tokens 200
 python sample.py --out-dir hf/smollm2 --prompt "The capital of France is"
+
+In FP4 means and scales are constants, measured before on text that the model was trained on, or on
+that of --dataset (inference.py).
 """
 
 import torch
@@ -9,6 +12,7 @@ import torch
 from checkpoint import encoding_of, load_model
 from cli import Parser, number, script
 from experiments.recipes import RECIPES
+from inference import calibrate_on
 from run import World
 
 
@@ -30,11 +34,13 @@ def main(argv=None):
     parser.add_argument(
         "--precision", choices=list(RECIPES), help="(that of the training; of a directory bf16)"
     )
+    parser.add_argument("--dataset", help="a folder under data/, or a path to one (the run's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     args = parser.parse_args(argv)
     device = World(args.device).device
     model, config = load_model(args.out_dir, device, args.precision)
     encoding = encoding_of(config)
+    calibrate_on(args.out_dir, model, config, args.dataset)
     start = encoding.encode(args.prompt, allowed_special="all") or [encoding.eot_token]
     seed = args.seed % 2**63
     generator = torch.Generator().manual_seed(seed)

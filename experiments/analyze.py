@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fp4
-from checkpoint import held_out, load_model
+from checkpoint import load_model, text_for
 from cli import Parser, UserError, number, script
 from experiments.recipes import RECIPES, AddedMean, massive_tokens, rotate_tokens
 from experiments.report import markdown, results
@@ -345,7 +345,7 @@ def open_model(path, dataset, tokens, device):
     (B, T) of about this many tokens of held-out text, evenly spaced, and the means to add: of a
     model that came from elsewhere its own alone."""
     model, origin = load_model(path, device, "fp32")
-    _, val = held_out(path, origin, dataset)
+    _, val = text_for(path, origin, dataset)
     length = min(model.config.block_size, 512, tokens) + 1
     rows = val.batch(val.spaced(max(1, tokens // (length - 1)), length), length).to(device)
     return model, rows[:, :-1], rows[:, 1:], ADDED[:1] if origin["init"] else ADDED

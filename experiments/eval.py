@@ -18,10 +18,11 @@ difference: two models mostly fail at the same examples, so that one is the smal
     BLiMP         share of pairs (arXiv 1912.00582) whose good sentence, after <|endoftext|>, has
                   the larger probability; a tie counts one half
 
-In FP4 a score depends on the batch: the tensor scale is set by its largest value, and fp4_mean
-takes the mean over all its tokens. So a batch holds sequences of one length, without padding, and,
-where there are enough of them, as many tokens as a micro-step of the training. The batches are the
-same at every call with the same arguments.
+In FP4 means and tensor scales are constants, measured before on training text (inference.py). With
+--means batch, and always for recipes that need more than constants, such as fp4_svd, they are those
+of the batch, as in training, and a score depends on it: so a batch holds sequences of one length,
+without padding, and, where there are enough of them, as many tokens as a micro-step of the
+training. The batches are the same at every call with the same arguments.
 """
 
 import json
@@ -37,12 +38,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fp4
-from checkpoint import held_out, load_model
+from checkpoint import load_model, text_for
 from cli import Parser, number, script
 from data.shards import UNREADABLE, DataError, load, open_text
 from data.vocab import EOT, get_encoding
 from experiments.recipes import RECIPES
 from experiments.report import markdown
+from inference import calibrate_on
 from run import Config, World, seed_for
 
 SOURCES = {
@@ -238,6 +240,9 @@ def main(argv=None):
         metavar="RECIPE",
         help="names, own: that of the training (bf16 own)",
     )
+    parser.add_argument(
+        "--means", choices=("stored", "batch"), default="stored", help="of fp4_mean (stored)"
+    )
     parser.add_argument("--blimp", help="the folder of its .jsonl files, or a tar file of it")
     parser.add_argument("--lambada", help="its .jsonl file, also .xz or .gz")
     parser.add_argument("--limit", type=number(int), help="passages at most (all)")
@@ -262,7 +267,9 @@ def main(argv=None):
             precision = model.config.precision
             line = fp4.backend(device) if precision.startswith("fp4") else ""
             print(f"{run} in {precision}", line, file=sys.stderr, flush=True)
-            dataset, _ = held_out(run, origin, args.dataset)
+            dataset, _ = text_for(run, origin, args.dataset)
+            if args.means == "stored":
+                calibrate_on(run, model, origin, dataset)
             config = Config(**{**origin, "dataset": dataset})
             config.block_size = args.block_size or min(config.block_size, 512)
             config.eval_windows = args.windows or config.eval_windows
