@@ -14,10 +14,8 @@ numbers, and figures.py draws them.
 """
 
 import dataclasses
-import itertools
 import json
 import signal
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +38,8 @@ PATHS = ["row_bf16", "row_fp4", "row_fp4_sr", "row_weight", "cross", "x"]  # of 
 ROUNDING = ["x", "headroom", "sr", "1d"]
 EXPERIMENTS = {
     # base: to what differences are taken; keep: the checkpoints, for analyze.py; preset: else micro
-    # on bytes of the plays; windows: of validation text, else the preset's
+    # on bytes of the plays; windows: of validation text, else the preset's;
+    # once: settings for the first seed alone
     "added_mean": {"seeds": 3, "steps": 300, "base": "fp4", "settings": grid(FP4, [0.0, 4.0, 8.0])},
     "ablations": {
         "seeds": 3, "steps": 300, "base": "fp4_mean",
@@ -55,10 +54,11 @@ EXPERIMENTS = {
     },
     "train_on": {
         "seeds": 3, "steps": 60, "base": "fp4", "preset": "smollm2", "windows": 32,
-        "settings": grid([*FP4, "fp4_project", "fp4_mean_1d", "fp4_project_1d"], [0.0]),
+        "settings": grid([*FP4[:-1], "fp4_project", "fp4_mean_1d", "fp4_project_1d"], [0.0]),
+        "once": grid(["fp4_svd"], [0.0]),
     },
     "novels": {
-        "seeds": 1, "steps": 300, "base": "fp4", "preset": "smollm2-16k",
+        "seeds": 1, "steps": 200, "base": "fp4", "preset": "smollm2-16k",
         "settings": grid(["fp4", "fp4_mean", "fp4_project_1d"], [0.0]),
     },
     "rates": {
@@ -98,7 +98,8 @@ def runs(name, preset, seeds, steps):
     if "preset" not in experiment:
         common["dataset"] = str(OUT / "plays-bytes")
     for seed in range(1, seeds + 1):
-        for setting in [*grid(["bf16"], [0.0]), *experiment["settings"]]:
+        once = experiment.get("once", []) if seed == 1 else []
+        for setting in [*grid(["bf16"], [0.0]), *experiment["settings"], *once]:
             out = folder / "-".join(
                 f"{v:g}" if isinstance(v, float) else str(v) for v in setting.values()
             )
@@ -118,15 +119,6 @@ def finished(out, steps):
     """The evaluations of a run that has made all its steps, else []."""
     evaluations = [m for m in read_metrics(out) if "val_loss" in m]
     return evaluations if evaluations and evaluations[-1]["step"] == steps else []
-
-
-def train_losses(out, steps):
-    """[[step, mean training loss since the evaluation before it], ...]."""
-    losses = {m["step"]: m["loss"] for m in read_metrics(out) if "loss" in m}
-    spans = [
-        (b, [losses[s] for s in range(a, b) if s in losses]) for a, b in itertools.pairwise(steps)
-    ]
-    return [[step, round(statistics.mean(span), 5)] for step, span in spans if span]
 
 
 def finish(preset, knobs):
@@ -151,7 +143,6 @@ def finish(preset, knobs):
     return {k: knobs[k] for k in SETTING if k in knobs} | {
         "val": [[m["step"], round(m["val_loss"], 5)] for m in evaluations],
         "mean_share": [[m["step"], round(m["mean_share"], 4)] for m in evaluations],
-        "train": train_losses(out, [m["step"] for m in evaluations]),
     }
 
 

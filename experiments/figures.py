@@ -33,6 +33,8 @@ STYLES = {
     "fp4": {"color": "#c0392b", "marker": "o"},
     "fp4_mean": {"color": "#1f6fb4", "marker": "s"},
     "fp4_mean_paper": {"color": "#d98e04", "marker": "^"},
+    "fp4_mean_1d": {"color": "#69a8dc", "marker": "P"},
+    "fp4_project": {"color": "#8fce9f", "marker": "p"},
     "fp4_project_1d": {"color": "#2a8f5b", "marker": "D"},
     "fp4_svd": {"color": "#7d4fa3", "marker": "v"},
     "fp4_hadamard": {"color": "#888888", "marker": "<"},
@@ -109,31 +111,26 @@ def draw_natural(stored):
 
 
 def draw_train_on(stored):
-    """Validation loss of a real model trained on, and gaps to bf16, of the training loss too."""
-    figure, (left, middle, right) = panels(10, 3.8, 3)
-    curves = {}  # {precision: {seed: {"val": {step: loss}, "train": the same}}}
+    """Validation loss of a real model trained on, and its gap to bf16."""
+    figure, (left, right) = panels(10, 3.8, 2)
+    curves = {}  # {precision: {seed: {step: loss}}}
     for r in stored["runs"]:
-        seeds = curves.setdefault(label(r), {})
-        seeds[r["seed"]] = {k: dict(r[k]) for k in ("val", "train")}
+        curves.setdefault(label(r), {})[r["seed"]] = dict(r["val"])
     for name, seeds in curves.items():
         style = STYLES[name] | {"ms": 4, "lw": 1.2}
-        losses = [[run["val"][s] for run in seeds.values()] for s in seeds[1]["val"]]
-        left.plot(list(seeds[1]["val"]), np.mean(losses, 1), **style, label=name)
-        for ax, key in ((middle, "val"), (right, "train")):
-            if name == "bf16":
-                continue
-            steps = list(seeds[1][key])
-            gaps = np.array([
-                [run[key][s] - curves["bf16"][seed][key][s] for s in steps]
-                for seed, run in seeds.items()
-            ])  # fmt: skip
-            many = len(gaps) > 1
-            error = gaps.std(0, ddof=1) / len(gaps) ** 0.5 if many else None
-            ax.errorbar(steps, gaps.mean(0), error, **style, capsize=2, ls="-" if many else ":")
+        steps = list(seeds[1])
+        left.plot(
+            steps, [statistics.mean(run[s] for run in seeds.values()) for s in steps], **style
+        )
+        if name != "bf16":
+            gaps = np.array(
+                [[v - curves["bf16"][k][s] for s, v in r.items()] for k, r in seeds.items()]
+            )
+            error = gaps.std(0, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else None
+            right.errorbar(steps, gaps.mean(0), error, **style, capsize=2, label=name)
     left.set(title="validation loss, nats a token")
-    left.legend(frameon=False)
-    middle.set(title="minus bf16's", ylim=(0, None))
-    right.set(title="the same of the training loss", ylim=(0, None))
+    right.set(title="minus bf16's", ylim=(0, None))
+    right.legend(frameon=False, ncols=2)
     figure.supxlabel("step", fontsize=10)
     return figure
 
