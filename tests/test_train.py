@@ -815,22 +815,38 @@ def test_rows_that_do_not_split_are_named():
         memory.shard(model, SimpleNamespace(size=3))
 
 
+@pytest.fixture
+def sharded(copy):
+    """A model of the run in `copy`, sharded over one process, as only a test can; and its config
+    and world."""
+    config = Config(**json.loads((copy / "config.json").read_text()) | {"shard": True})
+    world, model = run_module.World("cpu"), GPT(config)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    memory.shard(model, world)
+    yield model, config, world
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("rows", [0, 10, 640])
-def test_a_sharded_run_refuses_a_checkpoint_of_another_size(rows, copy):
-    world, state = run_module.World("cpu"), torch.load(copy / "checkpoint.pt")
+def test_a_sharded_run_refuses_a_checkpoint_of_another_size(rows, copy, sharded):
+    state, (model, config, world) = torch.load(copy / "checkpoint.pt"), sharded
     state["model"]["embedding.weight"] = torch.zeros(rows, 32)
     torch.save(state, copy / "checkpoint.pt")
-    config = Config(**json.loads((copy / "config.json").read_text()) | {"shard": True})
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        model = GPT(config)
-        memory.shard(model, world)
-        with pytest.raises(UserError, match=r"checkpoint.pt: its weights do not fit its config"):
-            resume_run(copy, config, model, train.make_optimizer(model, config), world)
-    finally:
-        torch.distributed.destroy_process_group()
+    with pytest.raises(UserError, match=r"checkpoint.pt: its weights do not fit its config"):
+        resume_run(copy, config, model, train.make_optimizer(model, config), world)
+
+
+def test_a_block_is_whole_only_while_it_runs(sharded):
+    model, seen = sharded[0], []
+    for block in model.blocks:
+        block.ffn.down.register_forward_pre_hook(
+            lambda *_: seen.append(
+                [not hasattr(b.ffn.down.weight, "to_local") for b in model.blocks]
+            )
+        )
+    model(torch.zeros(1, 32, dtype=torch.long))
+    assert seen == [[True, False], [False, True]]
 
 
 @pytest.mark.parametrize("precision", ["fp4_mean", "fp4_mean_sr"])
