@@ -36,9 +36,9 @@ def shard(model, world):
     """Split a GPT on the CPU over the processes of a World, in place, and put this one's part on
     its device. UserError, naming the parameter, where rows do not split evenly.
 
-    The model is whole in the memory of the host first, once a process, so that its weights are
-    those of any other run bit for bit: 4 bytes a parameter, that is 16 GB for 4 billion. The device
-    sees one block at a time, and never all of them."""
+    The model comes whole, so that its first weights are those of any other run, bit for bit. That
+    costs memory of the host, 4 bytes a parameter and process: 129 GB for the 8 of one host and 4
+    billion parameters. The device sees one block at a time, and the host's copy goes with it."""
     for name, p in model.named_parameters():
         if len(p) % world.size:
             raise UserError(
@@ -52,9 +52,9 @@ def shard(model, world):
 def recompute(model):
     """Make a GPT keep no activations but the inputs of its blocks, in place.
 
-    The generators are put back for the second run, so that it draws the rounding noise of the
-    first, and then again, so that backward draws what it would have drawn. What is wrapped is
-    inside the block's hooks: by the time it runs again, backward has gathered the weights."""
+    The second run draws the rounding noise of the first, and after it the generators are put
+    back, so that backward draws its own as it would have. `forward` is wrapped, not the block: the
+    hooks that gather a sharded block's weights are outside, and have done so by then."""
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
