@@ -12,12 +12,14 @@ from cli import UserError, is_a
 from data.shards import AUTOMATIC, load, prepare_if_missing
 from data.vocab import default_out, get_encoding, token_bytes
 from hf import is_hf, load_hf
+from memory import part
 from model import GPT, ModelConfig
 from run import Config, check_values
 
 CHECKPOINT_FORMAT = "nanofp4 checkpoint 1"
 FREE_ON_RESUME = {
-    "out_dir", "device", "compile", "max_steps", "eval_interval", "log_interval", "keep"
+    "out_dir", "device", "compile", "shard", "recompute",
+    "max_steps", "eval_interval", "log_interval", "keep",
 }  # fmt: skip
 
 
@@ -42,10 +44,11 @@ def save(path, state):
         raise UserError(f"cannot save {path}: {error}; the checkpoint before it stays") from None
 
 
-def read_checkpoint(path, device="cpu"):
-    """A checkpoint of ours as a dict; nothing in it is executed. UserError for anything else."""
+def read_checkpoint(path, device="cpu", mmap=False):
+    """A checkpoint of ours as a dict; nothing in it is executed. mmap: tensors are read when they
+    are used. UserError for anything else."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception:  # what a broken pickle raises has no common type
@@ -62,9 +65,11 @@ def read_checkpoint(path, device="cpu"):
 
 
 def load_weights(path, state, model):
-    """The weights of a checkpoint into a model of its config; UserError if they do not fit."""
+    """The weights of a checkpoint into a model of its config, sharded or not; UserError if they do
+    not fit."""
+    have = model.state_dict()
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict({k: part(v, have.get(k)) for k, v in state["model"].items()})
     except (RuntimeError, TypeError):
         raise UserError(f"{path}: its weights do not fit its config") from None
 
@@ -150,7 +155,9 @@ def initial_weights(config, tokens):
 def resume_run(out, config, model, optimizer, world):
     """Load the checkpoint in `out`: its step, and the metrics before it. What is lost of those is
     said, and no reason to stop."""
-    state = read_checkpoint(out / "checkpoint.pt", world.device)
+    # of processes that keep a part each, no device nor host needs to hold the whole
+    device = "cpu" if config.shard else world.device
+    state = read_checkpoint(out / "checkpoint.pt", device, mmap=config.shard)
     now, then = dataclasses.asdict(config), state["config"]
     changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != then.get(k)]
     if changed:
@@ -158,9 +165,14 @@ def resume_run(out, config, model, optimizer, world):
         raise UserError(f"the checkpoint has another config: {pairs}. HINT: use another --out-dir")
     load_weights(out / "checkpoint.pt", state, model)
     if state["optimizer"]:  # else weights that came from elsewhere
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         try:
-            optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError):
+            moments = {
+                i: {name: part(value, parameters[i]) for name, value in values.items()}
+                for i, values in state["optimizer"]["state"].items()
+            }
+            optimizer.load_state_dict(state["optimizer"] | {"state": moments})
+        except (ValueError, LookupError):
             raise UserError(
                 f"{out}/checkpoint.pt: its optimizer's state does not fit its config"
             ) from None

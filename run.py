@@ -46,6 +46,8 @@ class Config(ModelConfig):
     seed: int = knob(1337, "of weights, batches and rounding noise", low=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     compile: bool = knob(False, "torch.compile the whole model")
+    shard: bool = knob(False, "split parameters, gradients and AdamW's moments over processes")
+    recompute: bool = knob(False, "keep only the blocks' inputs, and run blocks again in backward")
 
 
 def parse(doc, argv):
@@ -173,6 +175,19 @@ class World:
             raise UserError(f"--device {device}: there is no such device here") from None
         if self.size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def check(self, config):
+        """UserError for a config that does not split over these processes."""
+        if config.batch_size % (self.size * config.grad_accum):
+            raise UserError(
+                f"batch_size {config.batch_size} does not split into {self.size} processes "
+                f"times grad_accum {config.grad_accum}"
+            )
+        if config.shard and self.size == 1:
+            raise UserError(
+                "--shard splits the model over processes, and there is one. HINT: torchrun "
+                "--nproc-per-node 2 train.py, or --no-shard"
+            )
 
     def mean(self, value):
         """The mean of a scalar tensor over all processes, as a float."""

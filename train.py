@@ -5,6 +5,7 @@
     python train.py --init hf/smollm2 --dataset shakespeare-smollm2 --learning-rate 1e-4
     python train.py --resume --out-dir out/nano-fp4_mean
     torchrun --nproc-per-node 8 train.py --preset 124m --dataset fineweb
+    torchrun --nproc-per-node 8 train.py --preset qwen3-4b --dataset fineweb
 
 A run is a folder: config.json, metrics.jsonl, checkpoint.pt, loss.png. Whatever is random at a step
 is a function of (seed, purpose, step, rank) alone. So runs that differ only in --precision start
@@ -32,6 +33,7 @@ from cli import UserError, script
 from data.shards import load, prepare_if_missing
 from data.vocab import get_encoding
 from experiments.recipes import AddedMean
+from memory import gather, recompute, shard
 from model import GPT
 from run import World, generator_for, parse, seed_for
 
@@ -77,8 +79,8 @@ def evaluate(model, tokens, config, world):
     total = torch.zeros((), device=world.device)
     for chunk in starts.split(max(config.batch_size // config.grad_accum, world.size)):
         mine = world.share(chunk)
-        if len(mine):
-            total += model(*batch(tokens, mine, config, world.device)) * len(mine)
+        rows = mine if len(mine) else chunk[:1]  # a sharded model runs in all processes or in none
+        total += model(*batch(tokens, rows, config, world.device)) * len(mine)
     return world.mean(total) * world.size / len(starts)
 
 
@@ -122,20 +124,20 @@ def bits_per_byte(loss, tokens):
     return f"{loss / math.log(2) / tokens.bytes_per_token:.4f}" if tokens.bytes_per_token else "n/a"
 
 
-def sample(model, config, tokenizer):
+def sample(model, config, tokenizer, world):
     encoding = get_encoding(tokenizer)
     prompt = torch.tensor([[encoding.eot_token]], device=model.head.weight.device)
     ids = model.generate(prompt, 100, 0.8, 50, generator_for(config, "sample"))[0, 1:].tolist()
     text = encoding.decode([t for t in ids if t < encoding.n_vocab])
-    print(f"\n--- sample ---\n{text}\n---")
+    world.print(f"\n--- sample ---\n{text}\n---")
 
 
-def attempt(what, f, *args):
+def attempt(what, world, f, *args):
     """What follows the training must not undo it."""
     try:
         return f(*args)
     except Exception as error:
-        print(f"no {what}: {type(error).__name__}: {error}")
+        world.print(f"no {what}: {type(error).__name__}: {error}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -144,12 +146,7 @@ def attempt(what, f, *args):
 
 def train(config, resume, world):
     device, out = world.device, Path(config.out_dir)
-    per_step = world.size * config.grad_accum
-    if config.batch_size % per_step:
-        raise UserError(
-            f"batch_size {config.batch_size} does not split into {world.size} processes "
-            f"times grad_accum {config.grad_accum}"
-        )
+    world.check(config)
 
     # data
     world.first(prepare_if_missing, config.dataset)
@@ -162,14 +159,20 @@ def train(config, resume, world):
             f"of {config.dataset}"
         )
     windows = train_tokens.windows(config.block_size + 1)
-    rows = val_tokens.spaced(config.batch_size // per_step, config.block_size + 1)
+    micro_batch = config.batch_size // config.grad_accum // world.size  # sequences of a process
+    rows = val_tokens.spaced(micro_batch, config.block_size + 1)
     share_ids, _ = batch(val_tokens, rows, config, device)  # to measure the mean's share by
 
     # model, optimizer, and the folder
     model = GPT(config, generator_for(config, "init"))
     if weights:
         model.load_state_dict(weights)
-    model = model.to(device)
+    if config.shard:
+        shard(model, world)
+    else:
+        model = model.to(device)
+    if config.recompute:
+        recompute(model)
     optimizer = make_optimizer(model, config)
     world.first(world.lock, out)  # before anything in it is read
     if not resume and (out / "checkpoint.pt").exists():
@@ -198,7 +201,7 @@ def train(config, resume, world):
     if config.precision.startswith("fp4"):
         world.print(fp4.backend(device))
     forward = torch.compile(model) if config.compile else model
-    if world.size > 1:
+    if world.size > 1 and not config.shard:
         ids = [device] if device.type == "cuda" else None
         forward = DistributedDataParallel(forward, device_ids=ids)
 
@@ -210,10 +213,11 @@ def train(config, resume, world):
 
     def checkpoint(due):
         state = {"format": CHECKPOINT_FORMAT, "step": step, "config": dataclasses.asdict(config)}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save(out / "checkpoint.pt", state)
+        state["model"] = gather(model.state_dict(keep_vars=True))  # a tied weight is one object
+        state["optimizer"] = gather(optimizer.state_dict())
+        world.first(save, out / "checkpoint.pt", state)
         if config.keep and due:
-            shutil.copy(out / "checkpoint.pt", out / f"step-{step}.pt")
+            world.first(shutil.copy, out / "checkpoint.pt", out / f"step-{step}.pt")
 
     def diverged(what):
         path = out / "checkpoint.pt"
@@ -236,7 +240,7 @@ def train(config, resume, world):
             if not math.isfinite(val_loss):
                 raise diverged(f"val loss {val_loss}")
         if due or stop:
-            world.first(checkpoint, due)
+            checkpoint(due)
         if due:
             share = mean_share(model, share_ids)
             log(step=step, val_loss=val_loss, mean_share=share)
@@ -256,14 +260,16 @@ def train(config, resume, world):
         loss = torch.zeros((), device=device)
         for i, rows in enumerate(micro_steps, 1):
             x, y = batch(train_tokens, world.share(rows), config, device)
-            wait = world.size > 1 and i < len(micro_steps)  # to add up gradients over processes
+            # to add up gradients over processes; not if sharded: till then they would be whole
+            wait = world.size > 1 and not config.shard and i < len(micro_steps)
             with forward.no_sync() if wait else contextlib.nullcontext():
                 part = forward(x, y) / config.grad_accum
                 part.backward()
             loss += part.detach()
         loss = world.mean(loss)
         clip = config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norm = (norm.full_tensor() if config.shard else norm).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise diverged(f"loss {loss}, gradient norm {norm}")
         optimizer.step()
@@ -281,14 +287,15 @@ def train(config, resume, world):
             )
 
     # a curve, a sample, a summary
-    if world.rank:
-        return
     if stop:
-        print(f"stopped at step {step} and saved. HINT: python train.py --resume --out-dir {out}")
+        world.print(
+            f"stopped at step {step} and saved. HINT: python train.py --resume --out-dir {out}"
+        )
         return
     title = f"{config.precision}, {config.dataset}"
-    attempt("loss curve", plot, metrics, out / "loss.png", title)
-    attempt("sample", sample, model, config, train_tokens.tokenizer)
+    if world.rank == 0:
+        attempt("loss curve", world, plot, metrics, out / "loss.png", title)
+    attempt("sample", world, sample, model, config, train_tokens.tokenizer, world)
     losses = [m["loss"] for m in metrics if "loss" in m][-20:]
     summary = {
         "precision": config.precision,
@@ -302,7 +309,7 @@ def train(config, resume, world):
         "seconds": f"{time.monotonic() - began:.1f}",
         "out_dir": out,
     }
-    print("\n".join(f"{k}: {v}" for k, v in summary.items()))
+    world.print("\n".join(f"{k}: {v}" for k, v in summary.items()))
 
 
 def main(argv=None):

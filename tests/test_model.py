@@ -196,6 +196,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
         ("small", 4096, 27.3),
         ("124m", 50304, 123.6),
         ("qwen3-0.6b", 151936, 596.0),
+        ("qwen3-4b", 151936, 4022.5),
     ],
 )
 def test_presets_have_the_size_in_their_name(preset, vocabulary, millions):

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import bench
 import fp4
+import memory
+import model as model_module
 import run as run_module
 import train
-from checkpoint import CHECKPOINT_FORMAT, encoding_of, load_model, read_checkpoint
-from cli import script
+from checkpoint import CHECKPOINT_FORMAT, encoding_of, load_model, read_checkpoint, resume_run
+from cli import UserError, script
 from data.shards import Tokens, load, write_dataset, write_meta, write_shard
 from data.vocab import BYTE, EOT, encode, get_encoding
 from experiments.recipes import RECIPES, recipe_of
@@ -625,7 +628,7 @@ def test_a_benchmark_of_a_directory(llama, capsys):
 # Several processes.
 
 
-def torchrun(script, *argv):
+def torchrun(script, *argv, returncode=0):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         + [str(a) for a in (script, *argv)],
@@ -634,7 +637,7 @@ def torchrun(script, *argv):
         text=True,
         timeout=100,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == returncode, done.stderr
     return done.stdout
 
 
@@ -664,6 +667,24 @@ def spy(draw, module):
     module.draw_seeds = draw_seeds
 spy(fp4.draw_seeds, fp4)
 """
+MEASURE = """
+import atexit, torch
+made = []
+make_optimizer = train.make_optimizer
+def spy_model(*args):
+    made[:] = args[0], make_optimizer(*args)
+    return made[1]
+def measure():
+    model, optimizer = made
+    tensors = list(model.state_dict(keep_vars=True).values())  # drops what sampling gathered
+    tensors += [t for moments in optimizer.state.values() for t in moments.values()]
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
+    with open(f"{sys.argv[-1]}/bytes-{os.environ.get('RANK', 0)}", "w") as file:
+        file.write(str(sum(held.values())))
+train.make_optimizer = spy_model
+atexit.register(measure)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -672,7 +693,7 @@ def two(tiny, tmp_path_factory):
     seeds that each drew."""
     folder = tmp_path_factory.mktemp("two")
     code = folder / "code.py"
-    code.write_text(PLAIN + SPY + MAIN)
+    code.write_text(PLAIN + SPY + MEASURE + MAIN)
     torchrun(code, "--preset", tiny, "--max-steps", 4, "--out-dir", folder)
     return folder, [(folder / f"seeds-{rank}").read_text().splitlines() for rank in (0, 1)]
 
@@ -710,6 +731,137 @@ def test_two_processes_train_as_by_hand(two, tiny):
         got.append((total, norm.item()))
     want = [(m["loss"], m["grad_norm"]) for m in metrics(two[0]) if "loss" in m]
     assert np.array(got) == pytest.approx(np.array(want), rel=2e-5)
+
+
+# Models that do not fit one device.
+
+
+def assert_close_runs(a, b, but=()):
+    for left, right in zip(metrics(a), metrics(b), strict=True):
+        assert {k: v for k, v in left.items() if k not in but} == pytest.approx(
+            {k: v for k, v in right.items() if k not in but}, rel=2e-5
+        )
+
+
+def held(out):
+    """Bytes of parameters and optimizer that each of two processes had at its end."""
+    return [int((out / f"bytes-{rank}").read_text()) for rank in (0, 1)]
+
+
+def layout(value):
+    """A checkpoint with a tensor's type, dtype and shape for the tensor."""
+    if isinstance(value, dict):
+        return {k: layout(v) for k, v in value.items()}
+    return (type(value), value.dtype, value.shape) if isinstance(value, torch.Tensor) else value
+
+
+def test_sharded_processes_train_as_whole_ones_and_hold_half(two, tiny, tmp_path):
+    """DDP adds in the same order for two processes. The gradient's norm does not, and by its last
+    bits clipping can turn the rounding of a value."""
+    code = two[0] / "code.py"
+    printed = torchrun(code, "--preset", tiny, "--max-steps", 4, "--shard", "--out-dir", tmp_path)
+    assert printed.count("val_loss: ") == printed.count("--- sample ---") == 1
+    assert_close_runs(two[0], tmp_path)
+    assert [(tmp_path / f"seeds-{r}").read_text().splitlines() for r in (0, 1)] == two[1]
+    for whole, half in zip(held(two[0]), held(tmp_path), strict=True):
+        assert half / whole == pytest.approx(0.5, rel=0.01)
+    there, here = (read_checkpoint(out / "checkpoint.pt") for out in (two[0], tmp_path))
+    free = {"config": None}
+    assert layout(there | free) == layout(here | free)
+    assert here["model"]["head.weight"].data_ptr() == here["model"]["embedding.weight"].data_ptr()
+
+
+@pytest.fixture(scope="module")
+def one(tiny, tmp_path_factory):
+    """A bf16 run by one process, in two micro-steps, whose last evaluation batch has one window."""
+    folder = tmp_path_factory.mktemp("one")
+    knobs = {"precision": "bf16", "grad_accum": 2, "eval_windows": 9}
+    main("--preset", tiny, "--out-dir", folder, "--keep", *flags(knobs))
+    return folder
+
+
+def test_two_sharded_processes_are_killed_and_one_goes_on(one, tiny, tmp_path, capsys, monkeypatch):
+    (tmp_path / "code.py").write_text(PLAIN + SIGNAL.format("SIGKILL") + MAIN)
+    out = tmp_path / "run"
+    argv = "--preset", one / "config.json", "--shard", "--recompute", "--out-dir", out
+    torchrun(tmp_path / "code.py", *argv, returncode=1)
+    assert read_checkpoint(out / "checkpoint.pt")["step"] == 4
+    assert text_of(capsys, monkeypatch, "--out-dir", out).endswith("\n---\n")
+    message = refused(resume, out)
+    assert message.startswith("error: --shard splits the model over processes, and there is one")
+    main("--resume", "--out-dir", out, "--no-shard", "--no-recompute")
+    assert_close_runs(one, out, but=["mean_share"])
+
+
+def test_two_sharded_processes_go_on_with_the_run_of_one(one, tmp_path):
+    out = Path(shutil.copytree(one, tmp_path / "run"))
+    shutil.copy(out / "step-4.pt", out / "checkpoint.pt")
+    (tmp_path / "code.py").write_text(PLAIN + MEASURE + MAIN)
+    torchrun(tmp_path / "code.py", "--resume", "--shard", "--out-dir", out)
+    assert_close_runs(one, out, but=["mean_share"])
+    whole = sum(t.numel() * 4 for name, t in tensors(one).items() if name != "head.weight")
+    assert held(out) == pytest.approx([whole / 2] * 2, rel=0.01)
+
+
+def test_one_process_has_nothing_to_shard_over(tiny, tmp_path):
+    message = refused(main, "--preset", tiny, "--out-dir", tmp_path / "run", "--shard")
+    assert "HINT: torchrun --nproc-per-node 2 train.py, or --no-shard" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_do_not_split_are_named():
+    model = GPT(Config(**TINY, vocab_size=320))
+    with pytest.raises(UserError, match=r"320 rows of embedding.weight do not split into 3"):
+        memory.shard(model, SimpleNamespace(size=3))
+
+
+@pytest.fixture
+def sharded(copy):
+    """A model of the run in `copy`, sharded over one process, as only a test can; and its config
+    and world."""
+    config = Config(**json.loads((copy / "config.json").read_text()) | {"shard": True})
+    world, model = run_module.World("cpu"), GPT(config)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    memory.shard(model, world)
+    yield model, config, world
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rows", [0, 10, 640])
+def test_a_sharded_run_refuses_a_checkpoint_of_another_size(rows, copy, sharded):
+    state, (model, config, world) = torch.load(copy / "checkpoint.pt"), sharded
+    state["model"]["embedding.weight"] = torch.zeros(rows, 32)
+    torch.save(state, copy / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"checkpoint.pt: its weights do not fit its config"):
+        resume_run(copy, config, model, train.make_optimizer(model, config), world)
+
+
+def test_a_block_is_whole_only_while_it_runs(sharded):
+    model, seen = sharded[0], []
+    for block in model.blocks:
+        block.ffn.down.register_forward_pre_hook(
+            lambda *_: seen.append(
+                [not hasattr(b.ffn.down.weight, "to_local") for b in model.blocks]
+            )
+        )
+    model(torch.zeros(1, 32, dtype=torch.long))
+    assert seen == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("precision", ["fp4_mean", "fp4_mean_sr"])
+def test_recomputed_activations_are_the_same_bit_for_bit(precision, tiny, tmp_path, monkeypatch):
+    """Also where forward draws noise. Every block runs once more a step, and not in evaluations."""
+    calls, forward = [], model_module.Block.forward
+    monkeypatch.setattr(
+        model_module.Block, "forward", lambda *args: calls.append(1) or forward(*args)
+    )
+    argv = "--preset", tiny, "--precision", precision, "--max-steps", 3
+    main(*argv, "--out-dir", tmp_path / "kept")
+    kept = len(calls)
+    main(*argv, "--out-dir", tmp_path / "again", "--recompute")
+    assert_same_run(tmp_path / "kept", tmp_path / "again")
+    assert len(calls) - kept == kept + 3 * TINY["n_layer"]
 
 
 # The command line.
