@@ -353,7 +353,7 @@ def command(monkeypatch, capsys, *argv):
 
 def test_the_command(data, tmp_path, monkeypatch, capsys):
     runs = [save_run(tmp_path / p, config_of(data, p)) for p in ("fp4", "fp4_mean", "bf16")]
-    argv = ["--out-dir", *runs, "--json", tmp_path / "eval.json", "--limit", 9]
+    argv = ["--out-dir", *runs, "--json", tmp_path / "eval.json", "--limit", 9, "--means", "batch"]
     printed = command(monkeypatch, capsys, *argv, "--blimp", blimp_tar(tmp_path / "b.tar.xz"))
     rows = json.loads((tmp_path / "eval.json").read_text())
     labels = [(r["run"], r["in"]) for r in rows]
@@ -382,6 +382,20 @@ def test_the_command(data, tmp_path, monkeypatch, capsys):
     assert {line.count("|") for line in lines[:7]} == {8}
     assert {line.count("|") for line in lines[8:12]} == {7}
     assert "LAMBADA is left out. HINT: --lambada" in printed and "BLiMP is left" not in printed
+
+
+def test_means_are_stored_unless_it_is_said_otherwise(data, tmp_path, monkeypatch, capsys):
+    """A score then is the same in batches of any size, but for the order of sums."""
+    run, losses = save_run(tmp_path / "run", config_of(data, "fp4_mean")), {}
+    for means in ([], ["--means", "stored"], ["--means", "batch"]):
+        for size in (64, 512):
+            argv = ["--out-dir", run, "--precision", "own", "--json", tmp_path / "e.json", *means]
+            command(monkeypatch, capsys, *argv, "--batch-tokens", size, "--limit", 1)
+            (row,) = json.loads((tmp_path / "e.json").read_text())
+            losses[(*means[1:], size)] = row["columns"]["val loss"][1]
+    assert losses[(64,)] == losses["stored", 64] != losses["batch", 64]
+    assert losses[(512,)] == losses["stored", 512] == pytest.approx(losses[(64,)], abs=2e-5)
+    assert abs(losses["batch", 512] - losses["batch", 64]) > 2e-4
 
 
 def test_own_is_the_precision_of_the_training_and_pairs_have_a_limit_of_their_own(
