@@ -25,13 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemm import _cdiv, _decode_scale, _float, backend, gemm
+from gemm import _cdiv, _decode_scale, _float, backend, gemm, has_fp4
 from nvfp4 import NVFP4
 
 __all__ = ["backend", "center_quantize", "gemm", "quantize_weight"]  # what fp4.py takes
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 STATISTICS = 1024, 128, 32  # columns of a program, parts of the tokens, columns in stage 2
-QUANTIZE = 512, 2, 4  # columns of a program, tokens at a time, warps
+QUANTIZE = 512, 4, 4  # columns of a program, tokens at a time, warps
 
 # ------------------------------------------------------------------------------------------------
 # Rounding, in registers.
@@ -66,31 +66,59 @@ def _block_scales(block_amax, table, HEADROOM: tl.constexpr):
 
 
 @triton.jit
-def _encode(y, index, seed, STOCHASTIC: tl.constexpr):
-    """Scaled values -> 4-bit codes, int32, on nvfp4._encode's three lines 2a, a + 2, a/2 + 4.
-    Adding 2^23 rounds each to an integer, ties to even, and leaves it in the low bits. NaN: 7."""
-    y = tl.where(y == y, y, 6.0)  # its sign, and what min makes of it, differ between machines
-    a = tl.minimum(tl.abs(y), 6.0)
+def _largest(a, b, axis: tl.constexpr):
+    """Largest magnitude of both along an axis, NaN if any is: as integers NaN is the largest."""
+    both = tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+    return _float(tl.max(_bits(both), axis=axis))
+
+
+@triton.jit
+def _sign(byte):  # the sign bit, for scale bytes; none for NaN, whose sign differs between machines
+    return tl.where(byte == 0x7F, 0, -0x80000000).to(tl.uint32)
+
+
+@triton.jit
+def _nibble(y, sign, noise, STOCHASTIC: tl.constexpr):
+    """Scaled values -> their 4-bit codes in the highest bits of uint32, on nvfp4._encode's lines.
+    As positive integers infinities and NaN are the largest. sign: 1 << 31, or 0 to take none."""
+    a, one = tl.abs(y), 128.0 if STOCHASTIC else 8388608.0
+    code = tl.minimum(_bits(2 * a + one), _bits(a + (one + 2)))
+    code = tl.minimum(code, _bits(0.5 * a + (one + 4)))
     if STOCHASTIC:
-        exact = tl.minimum(tl.minimum(2 * a, a + 2), 0.5 * a + 4)
-        code = exact.to(tl.int32)
-        u = (_hash(index ^ _hash(seed)) & 0xFFFFFF).to(tl.int32).to(tl.float32) * 2.0**-24
-        code += (u < exact - code.to(tl.float32)).to(tl.int32)
+        code = (tl.minimum(code, 0x43070000) << 12).to(tl.uint32) + noise
     else:
-        lines = tl.minimum(2 * a + 8388608.0, a + 8388610.0)
-        code = _bits(tl.minimum(lines, 0.5 * a + 8388612.0)) & 7
-    return code | ((_bits(y) >> 28) & 8)
+        code = (tl.minimum(code, 0x4B000007) << 28).to(tl.uint32)
+    return code | (_bits(y).to(tl.uint32) & sign)
 
 
 @triton.jit
-def _pack_rows(c, M: tl.constexpr, K: tl.constexpr):  # (M, K) -> (M, K/2)
-    low, high = tl.split(tl.reshape(c, (M, K // 2, 2)))
-    return (low | (high << 4)).to(tl.uint8)
+def _pairs(y):  # (M, N, 8) -> the even and the odd elements, (M, N, 4)
+    return tl.split(tl.reshape(y, (y.shape[0], y.shape[1], 4, 2)))
 
 
 @triton.jit
-def _row_pairs(x, K: tl.constexpr):  # (16, K) -> its even rows and its odd ones, (8, K)
-    return tl.split(tl.permute(tl.reshape(x, (8, 2, K)), (0, 2, 1)))
+def _encode(low, high, sign, word, key, STOCHASTIC: tl.constexpr, FP4: tl.constexpr):
+    """Scaled values (M, N, 4) of the low and the high nibbles of four bytes -> words (M, N), whose
+    index in the tensor of codes is `word`. FP4: on hardware that rounds to E2M1."""
+    M: tl.constexpr = low.shape[0]
+    N: tl.constexpr = low.shape[1]
+    if FP4 and not STOCHASTIC:
+        c = tl.inline_asm_elementwise(
+            "{ .reg .b8 c; cvt.rn.satfinite.e2m1x2.f32 c, $2, $1; cvt.u32.u8 $0, c; }",
+            "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+        c = c << 24
+    else:
+        u_low, u_high = None, None
+        if STOCHASTIC:
+            byte = (word * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
+            u = _hash(byte.to(tl.uint32) ^ key)
+            u_low, u_high = (u << 12) & 0x0FFFFFFF, u >> 4  # 16 bits and, below the code's, more
+        low, high = _nibble(low, sign, u_low, STOCHASTIC), _nibble(high, sign, u_high, STOCHASTIC)
+        c = (high & 0xF0000000) | (low >> 4)
+    low, high = tl.split(tl.reshape(c, (M, N, 2, 2)))
+    low, high = tl.split((high & 0xFF000000) | (low >> 8))
+    return ((high & 0xFFFF0000) | (low >> 16)).to(tl.int32, bitcast=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -163,80 +191,116 @@ def _scale_table(amax, table, n, N: tl.constexpr):
 
 # ------------------------------------------------------------------------------------------------
 # Center and quantize. A program takes 16 tokens of its columns, and rounds them in blocks along the
-# row, a few tokens at a time, then, from cache, in blocks along tokens.
+# row, a few tokens at a time, then, from cache, in blocks along tokens. Either time a thread reads
+# all 16 values of a block, and makes its scale and words of eight codes: nothing is exchanged.
 
 
 @triton.jit
-def _residual(x, mean, i, j, rows, cols, CENTER: tl.constexpr):
-    inside = (i < rows)[:, None] & (j < cols)[None, :]
-    r = tl.load(x + i.to(tl.int64)[:, None] * cols + j[None, :], mask=inside, other=0.0)
-    r = r.to(tl.float32)
+def _load(at, inside, EVEN: tl.constexpr):  # EVEN: all tiles are whole, so that no mask is needed
+    return tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _residual(x, mean, inside, CENTER: tl.constexpr, EVEN: tl.constexpr):
+    r = _load(x, inside, EVEN).to(tl.float32)
     if CENTER:
-        r = tl.where(inside, r - tl.load(mean + j, mask=j < cols, other=0.0)[None, :], 0.0)
+        r = r - mean
+        if not EVEN:
+            r = tl.where(inside, r, 0.0)
     return r
 
 
 @triton.jit
 def _center_quantize(
-    x, mean, table, seeds, codes, scales, codes_col, scales_col, rows, cols, cols2, cols16,
+    x, mean, table, seeds, codes, scales, codes_col, scales_col, rows, cols,
     CENTER: tl.constexpr, ROWWISE: tl.constexpr, COLUMNWISE: tl.constexpr,
-    STOCHASTIC: tl.constexpr, HEADROOM: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HEADROOM: tl.constexpr, FP4: tl.constexpr, EVEN: tl.constexpr,
+    K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
-    i0, j0 = pid // tiles * 16, pid % tiles * K
-    j, j2, j16 = (
-        j0 + tl.arange(0, K),
-        j0 // 2 + tl.arange(0, K // 2),
-        j0 // 16 + tl.arange(0, K // 16),
-    )
-    seed, seed_col = tl.zeros((), tl.uint32), tl.zeros((), tl.uint32)
-    if STOCHASTIC:
-        seed = tl.load(seeds).to(tl.uint32, bitcast=True)
-        seed_col = tl.load(seeds + 1).to(tl.uint32, bitcast=True)
+    i0, j0, cols16 = pid // tiles * 16, pid % tiles * K, cols // 16
+    x += i0.to(tl.int64) * cols + j0
+    below, right = rows - i0, cols - j0
+    key, mean_a, mean_b = None, None, None
 
-    for t in tl.range(0, 16 if ROWWISE else 0, STEP):
-        i = i0 + t + tl.arange(0, STEP)
-        y = tl.reshape(_residual(x, mean, i, j, rows, cols, CENTER), (STEP, K // 16, 16))
-        block_amax = _float(tl.max(_bits(y) & 0x7FFFFFFF, axis=2))  # as integers NaN is the largest
-        byte, inverse = _block_scales(block_amax, table, HEADROOM)
-        y = tl.reshape(y * tl.expand_dims(inverse, 2), (STEP, K))
-        row, index = i.to(tl.int64)[:, None], (i[:, None] * cols + j[None, :]).to(tl.uint32)
-        packed = _pack_rows(_encode(y, index, seed, STOCHASTIC), STEP, K)
-        tl.store(codes + row * cols2 + j2, packed, mask=(row < rows) & (j2 < cols2)[None, :])
-        byte = byte.to(tl.uint8)
-        tl.store(scales + row * cols16 + j16, byte, mask=(row < rows) & (j16 < cols16)[None, :])
+    if ROWWISE:
+        if STOCHASTIC:
+            key = _hash(tl.load(seeds).to(tl.uint32, bitcast=True))
+        block = tl.arange(0, K // 16)[None, :, None]
+        j, inside_j = block * 16 + tl.arange(0, 8)[None, None, :], block * 16 < right
+        if CENTER:
+            mean_a = _load(mean + j0 + j, inside_j, EVEN)
+            mean_b = _load(mean + j0 + 8 + j, inside_j, EVEN)
+        for t in tl.static_range(0, 16, STEP):
+            i = (t + tl.arange(0, STEP))[:, None, None]
+            inside = (i < below) & inside_j
+            a = _residual(x + (i * cols + j), mean_a, inside, CENTER, EVEN)
+            b = _residual(x + 8 + (i * cols + j), mean_b, inside, CENTER, EVEN)
+            byte, inverse = _block_scales(_largest(a, b, 2), table, HEADROOM)
+            sign, inverse = _sign(byte)[:, :, None], inverse[:, :, None]
+            to = (i0 + i) * cols16 + (j0 // 16 + block)
+            word = tl.reshape(to * 2, (STEP, K // 16))
+            a = _encode(*_pairs(a * inverse), sign, word, key, STOCHASTIC, FP4)
+            b = _encode(*_pairs(b * inverse), sign, word + 1, key, STOCHASTIC, FP4)
+            words = codes + (to * 2 + tl.arange(0, 2)[None, None, :])
+            tl.store(words, tl.join(a, b), mask=inside)
+            tl.store(scales + to, byte[:, :, None].to(tl.uint8), mask=inside)
 
     if COLUMNWISE:
-        i = i0 + tl.arange(0, 16)
-        r = _residual(x, mean, i, j, rows, cols, CENTER)
-        block_amax = _float(tl.max(_bits(r) & 0x7FFFFFFF, axis=0))
-        byte, inverse = _block_scales(block_amax, table, HEADROOM)
-        index = (i[:, None] * cols + j[None, :]).to(tl.uint32)
-        low, high = _row_pairs(_encode(r * inverse[None, :], index, seed_col, STOCHASTIC), K)
-        row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
-        packed = (low | (high << 4)).to(tl.uint8)
-        tl.store(codes_col + row * cols + j, packed, mask=(j < cols)[None, :])
-        tl.store(scales_col + i0 // 16 * cols + j, byte.to(tl.uint8), mask=j < cols)
+        if STOCHASTIC:
+            key = _hash(tl.load(seeds + 1).to(tl.uint32, bitcast=True))
+        i, quad = tl.arange(0, 8)[:, None, None], tl.arange(0, K // 4)[None, :, None]
+        j, inside_j = quad * 4 + tl.arange(0, 4)[None, None, :], quad * 4 < right
+        if CENTER:
+            mean_a = _load(mean + j0 + j, inside_j, EVEN)
+        at, inside = x + (i * 2 * cols + j), (i * 2 < below) & inside_j
+        a = _residual(at, mean_a, inside, CENTER, EVEN)
+        at, inside = x + ((i * 2 + 1) * cols + j), (i * 2 + 1 < below) & inside_j
+        b = _residual(at, mean_a, inside, CENTER, EVEN)
+        byte, inverse = _block_scales(_largest(a, b, 0), table, HEADROOM)
+        sign, inverse = _sign(byte)[None, :, :], inverse[None, :, :]
+        to = (i0 // 2 + i) * (cols16 * 4) + (j0 // 4 + quad)
+        word = tl.reshape(to, (8, K // 4))
+        words = _encode(a * inverse, b * inverse, sign, word, key, STOCHASTIC, FP4)
+        tl.store(codes_col + to, words[:, :, None], mask=inside_j)
+        to = scales_col + i0 // 16 * cols + j0 + j
+        tl.store(to, byte[None, :, :].to(tl.uint8), mask=inside_j)
 
 
 @triton.jit
-def _quantize_weight(w, table, codes, codes_col, scales, n, m, m2, m16, K: tl.constexpr):
+def _quantize_weight(
+    w, table, codes, codes_col, scales, rows, cols,
+    FP4: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """W (n, m) in 16 x 16 blocks, packed along rows for fprop and along columns for dgrad."""
-    tiles, pid = tl.cdiv(m, K), tl.program_id(0)
-    i0, j0 = pid // tiles * 16, pid % tiles * K
-    i, j = i0 + tl.arange(0, 16), j0 + tl.arange(0, K)
-    j2, j16 = j0 // 2 + tl.arange(0, K // 2), j0 // 16 + tl.arange(0, K // 16)
-    r = _residual(w, None, i, j, n, m, False)
-    block_amax = tl.reshape(tl.max(_bits(r) & 0x7FFFFFFF, axis=0), (K // 16, 16))
-    byte, inverse = _block_scales(_float(tl.max(block_amax, axis=1)), table, False)
-    y = tl.reshape(r, (16, K // 16, 16)) * tl.expand_dims(tl.expand_dims(inverse, 0), 2)
-    c = _encode(tl.reshape(y, (16, K)), None, None, False)
-    row = i.to(tl.int64)[:, None]
-    tl.store(codes + row * m2 + j2, _pack_rows(c, 16, K), mask=(j2 < m2)[None, :])
-    low, high = _row_pairs(c, K)
-    row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
-    tl.store(codes_col + row * m + j, (low | (high << 4)).to(tl.uint8), mask=(j < m)[None, :])
-    tl.store(scales + i0 // 16 * m16 + j16, byte.to(tl.uint8), mask=j16 < m16)
+    tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
+    i0, j0, cols16 = pid // tiles * 16, pid % tiles * K, cols // 16
+    right = cols - j0
+    i, quad = tl.arange(0, 8)[:, None, None], tl.arange(0, K // 4)[None, :, None]
+    j, inside = quad * 4 + tl.arange(0, 4)[None, None, :], quad * 4 < right
+    at = w + i0.to(tl.int64) * cols + j0 + (i * 2 * cols + j)
+    a = _residual(at, None, inside, False, EVEN)
+    b = _residual(at + cols, None, inside, False, EVEN)
+    largest = tl.reshape(_bits(_largest(a, b, 0)), (K // 16, 16))
+    byte, inverse = _block_scales(_float(tl.max(largest, axis=1)), table, False)
+    sign, inverse = _sign(byte)[:, None], inverse[:, None]
+    inverse = tl.reshape(tl.broadcast_to(inverse, (K // 16, 16)), (1, K // 4, 4))
+    a, b = a * inverse, b * inverse
+    sign_j = tl.reshape(tl.broadcast_to(sign, (K // 16, 4)), (1, K // 4, 1))
+    to = (i0 // 2 + i) * (cols16 * 4) + (j0 // 4 + quad)
+    words = _encode(a, b, sign_j, None, None, False, FP4)
+    tl.store(codes_col + to, words[:, :, None], mask=inside)
+    sign = tl.reshape(tl.broadcast_to(sign, (K // 16, 2)), (1, K // 8, 1))
+    j8 = tl.arange(0, K // 8)[None, :]
+    to = codes + (i0 + tl.arange(0, 8) * 2)[:, None] * (cols16 * 2) + (j0 // 8 + j8)
+    a, b = tl.reshape(a, (8, K // 8, 8)), tl.reshape(b, (8, K // 8, 8))
+    words = _encode(*_pairs(a), sign, None, None, False, FP4)
+    tl.store(to, words, mask=j8 * 8 < right)
+    words = _encode(*_pairs(b), sign, None, None, False, FP4)
+    tl.store(to + cols16 * 2, words, mask=j8 * 8 < right)
+    j16 = tl.arange(0, K // 16)
+    to = scales + i0 // 16 * cols16 + j0 // 16 + j16
+    tl.store(to, byte.to(tl.uint8), mask=j16 * 16 < right)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -272,9 +336,11 @@ def round_residual(x, mean, table, rowwise, columnwise, seeds, headroom):
     (rows, cols), center = x.shape, len(mean) > 0
     out = _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom)[1:-1]
     K, step, warps = QUANTIZE
+    codes, scales, codes_col, scales_col = out
     _center_quantize[(_cdiv(rows, 16) * _cdiv(cols, K),)](
-        x, mean, table, seeds, *out, rows, cols, cols // 2, cols // 16, center, rowwise, columnwise,
-        seeds is not None, headroom, K, step, num_warps=warps,
+        x, mean, table, seeds, codes.view(torch.int32), scales, codes_col.view(torch.int32),
+        scales_col, rows, cols, center, rowwise, columnwise, seeds is not None, headroom, has_fp4(),
+        rows % 16 == 0 and cols % K == 0, K, step, num_warps=warps,
     )  # fmt: skip
     return mean, *out, table[0].clone()
 
@@ -327,8 +393,9 @@ def quantize_weight_op(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(w):
         _, table = statistics(w, False)
         _quantize_weight[(n // 16 * _cdiv(m, K),)](
-            w, table, codes, codes_col, scales, n, m, m // 2, m // 16, K, num_warps=warps
-        )
+            w, table, codes.view(torch.int32), codes_col.view(torch.int32), scales, n, m,
+            has_fp4(), m % K == 0, K, num_warps=warps,
+        )  # fmt: skip
     return codes, codes_col, scales, table[0].clone()
 
 
