@@ -44,7 +44,12 @@ def _bits(x):
 
 @triton.jit
 def _hash(i):  # uint32 -> uint32: nvfp4._hash
-    i = (i ^ (i >> 16)) * 0x7FEB352D
+    return _hash_rest(i ^ (i >> 16))
+
+
+@triton.jit
+def _hash_rest(i):
+    i = i * 0x7FEB352D
     i = (i ^ (i >> 15)) * 0x846CA68B
     return i ^ (i >> 16)
 
@@ -66,10 +71,11 @@ def _block_scales(block_amax, table, HEADROOM: tl.constexpr):
 
 
 @triton.jit
-def _largest(a, b, axis: tl.constexpr):
-    """Largest magnitude of both along an axis, NaN if any is: as integers NaN is the largest."""
-    both = tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
-    return _float(tl.max(_bits(both), axis=axis))
+def _largest(a, b, c, d, axis: tl.constexpr):
+    """Largest magnitude of all along an axis, NaN if any is: as integers NaN is the largest."""
+    a = tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+    c = tl.maximum(tl.abs(c), tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
+    return _float(tl.max(tl.maximum(_bits(a), _bits(c)), axis=axis))
 
 
 @triton.jit
@@ -92,11 +98,6 @@ def _nibble(y, sign, noise, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _pairs(y):  # (M, N, 8) -> the even and the odd elements, (M, N, 4)
-    return tl.split(tl.reshape(y, (y.shape[0], y.shape[1], 4, 2)))
-
-
-@triton.jit
 def _encode(low, high, sign, word, key, STOCHASTIC: tl.constexpr, FP4: tl.constexpr):
     """Scaled values (M, N, 4) of the low and the high nibbles of four bytes -> words (M, N), whose
     index in the tensor of codes is `word`. FP4: on hardware that rounds to E2M1."""
@@ -111,8 +112,9 @@ def _encode(low, high, sign, word, key, STOCHASTIC: tl.constexpr, FP4: tl.conste
     else:
         u_low, u_high = None, None
         if STOCHASTIC:
-            byte = (word * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
-            u = _hash(byte.to(tl.uint32) ^ key)
+            u = (word * 4).to(tl.uint32) ^ key  # of the word's first byte: then _hash
+            u = (u ^ (u >> 16))[:, :, None] ^ tl.arange(0, 4).to(tl.uint32)[None, None, :]
+            u = _hash_rest(u)
             u_low, u_high = (u << 12) & 0x0FFFFFFF, u >> 4  # 16 bits and, below the code's, more
         low, high = _nibble(low, sign, u_low, STOCHASTIC), _nibble(high, sign, u_high, STOCHASTIC)
         c = (high & 0xF0000000) | (low >> 4)
@@ -196,18 +198,30 @@ def _scale_table(amax, table, n, N: tl.constexpr):
 
 
 @triton.jit
-def _load(at, inside, EVEN: tl.constexpr):  # EVEN: all tiles are whole, so that no mask is needed
-    return tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0)
+def _pairs(x, i, j, inside, P: tl.constexpr, EVEN: tl.constexpr):
+    """FP32 from P pairs of neighbours in a row, at i + j (M, N, 1), in pairs, of x: the even ones
+    and the odd, (M, N, P). x: of int32, two BF16, or of floats. EVEN: all of it is inside."""
+    at, n = i + j, tl.arange(0, P)[None, None, :]
+    if x.dtype.element_ty == tl.int32:
+        v = tl.load(x + (at + n)) if EVEN else tl.load(x + (at + n), mask=inside, other=0)
+        return _float(v << 16), _float(v & -0x10000)
+    n = tl.arange(0, 2 * P)[None, None, :]
+    v = tl.load(x + (at * 2 + n)) if EVEN else tl.load(x + (at * 2 + n), mask=inside, other=0.0)
+    return _split(v.to(tl.float32))
 
 
 @triton.jit
-def _residual(x, mean, inside, CENTER: tl.constexpr, EVEN: tl.constexpr):
-    r = _load(x, inside, EVEN).to(tl.float32)
+def _split(y):  # (M, N, 2P) -> the even and the odd elements, (M, N, P)
+    return tl.split(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2] // 2, 2)))
+
+
+@triton.jit
+def _minus(x, mean, inside, CENTER: tl.constexpr, EVEN: tl.constexpr):
     if CENTER:
-        r = r - mean
+        x = x - mean
         if not EVEN:
-            r = tl.where(inside, r, 0.0)
-    return r
+            x = tl.where(inside, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -219,29 +233,32 @@ def _center_quantize(
 ):  # fmt: skip
     tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
     i0, j0, cols16 = pid // tiles * 16, pid % tiles * K, cols // 16
-    x += i0.to(tl.int64) * cols + j0
-    below, right = rows - i0, cols - j0
-    key, mean_a, mean_b = None, None, None
+    cols2, below, right = cols // 2, rows - i0, cols - j0
+    x += (i0.to(tl.int64) * cols + j0) // (2 if x.dtype.element_ty == tl.int32 else 1)
+    mean += j0
+    key, m0, m1, m2, m3 = None, None, None, None, None
 
     if ROWWISE:
         if STOCHASTIC:
             key = _hash(tl.load(seeds).to(tl.uint32, bitcast=True))
         block = tl.arange(0, K // 16)[None, :, None]
-        j, inside_j = block * 16 + tl.arange(0, 8)[None, None, :], block * 16 < right
+        inside_j = block * 16 < right
         if CENTER:
-            mean_a = _load(mean + j0 + j, inside_j, EVEN)
-            mean_b = _load(mean + j0 + 8 + j, inside_j, EVEN)
+            m0, m1 = _pairs(mean, 0, block * 8, inside_j, 4, EVEN)
+            m2, m3 = _pairs(mean, 0, block * 8 + 4, inside_j, 4, EVEN)
         for t in tl.static_range(0, 16, STEP):
             i = (t + tl.arange(0, STEP))[:, None, None]
             inside = (i < below) & inside_j
-            a = _residual(x + (i * cols + j), mean_a, inside, CENTER, EVEN)
-            b = _residual(x + 8 + (i * cols + j), mean_b, inside, CENTER, EVEN)
-            byte, inverse = _block_scales(_largest(a, b, 2), table, HEADROOM)
+            r0, r1 = _pairs(x, i * cols2, block * 8, inside, 4, EVEN)
+            r2, r3 = _pairs(x, i * cols2, block * 8 + 4, inside, 4, EVEN)
+            r0, r1 = _minus(r0, m0, inside, CENTER, EVEN), _minus(r1, m1, inside, CENTER, EVEN)
+            r2, r3 = _minus(r2, m2, inside, CENTER, EVEN), _minus(r3, m3, inside, CENTER, EVEN)
+            byte, inverse = _block_scales(_largest(r0, r1, r2, r3, 2), table, HEADROOM)
             sign, inverse = _sign(byte)[:, :, None], inverse[:, :, None]
             to = (i0 + i) * cols16 + (j0 // 16 + block)
             word = tl.reshape(to * 2, (STEP, K // 16))
-            a = _encode(*_pairs(a * inverse), sign, word, key, STOCHASTIC, FP4)
-            b = _encode(*_pairs(b * inverse), sign, word + 1, key, STOCHASTIC, FP4)
+            a = _encode(r0 * inverse, r1 * inverse, sign, word, key, STOCHASTIC, FP4)
+            b = _encode(r2 * inverse, r3 * inverse, sign, word + 1, key, STOCHASTIC, FP4)
             words = codes + (to * 2 + tl.arange(0, 2)[None, None, :])
             tl.store(words, tl.join(a, b), mask=inside)
             tl.store(scales + to, byte[:, :, None].to(tl.uint8), mask=inside)
@@ -252,12 +269,16 @@ def _center_quantize(
         i, quad = tl.arange(0, 8)[:, None, None], tl.arange(0, K // 4)[None, :, None]
         j, inside_j = quad * 4 + tl.arange(0, 4)[None, None, :], quad * 4 < right
         if CENTER:
-            mean_a = _load(mean + j0 + j, inside_j, EVEN)
-        at, inside = x + (i * 2 * cols + j), (i * 2 < below) & inside_j
-        a = _residual(at, mean_a, inside, CENTER, EVEN)
-        at, inside = x + ((i * 2 + 1) * cols + j), (i * 2 + 1 < below) & inside_j
-        b = _residual(at, mean_a, inside, CENTER, EVEN)
-        byte, inverse = _block_scales(_largest(a, b, 0), table, HEADROOM)
+            m0, m1 = _pairs(mean, 0, quad * 2, inside_j, 2, EVEN)
+        inside = (i * 2 < below) & inside_j
+        r0, r1 = _pairs(x, i * cols, quad * 2, inside, 2, EVEN)
+        r0, r1 = _minus(r0, m0, inside, CENTER, EVEN), _minus(r1, m1, inside, CENTER, EVEN)
+        inside = (i * 2 + 1 < below) & inside_j
+        r2, r3 = _pairs(x, i * cols + cols2, quad * 2, inside, 2, EVEN)
+        r2, r3 = _minus(r2, m0, inside, CENTER, EVEN), _minus(r3, m1, inside, CENTER, EVEN)
+        a = tl.reshape(tl.join(r0, r1), (8, K // 4, 4))
+        b = tl.reshape(tl.join(r2, r3), (8, K // 4, 4))
+        byte, inverse = _block_scales(_largest(a, b, a, b, 0), table, HEADROOM)
         sign, inverse = _sign(byte)[None, :, :], inverse[None, :, :]
         to = (i0 // 2 + i) * (cols16 * 4) + (j0 // 4 + quad)
         word = tl.reshape(to, (8, K // 4))
@@ -279,9 +300,8 @@ def _quantize_weight(
     i, quad = tl.arange(0, 8)[:, None, None], tl.arange(0, K // 4)[None, :, None]
     j, inside = quad * 4 + tl.arange(0, 4)[None, None, :], quad * 4 < right
     at = w + i0.to(tl.int64) * cols + j0 + (i * 2 * cols + j)
-    a = _residual(at, None, inside, False, EVEN)
-    b = _residual(at + cols, None, inside, False, EVEN)
-    largest = tl.reshape(_bits(_largest(a, b, 0)), (K // 16, 16))
+    a, b = tl.load(at, mask=inside, other=0.0), tl.load(at + cols, mask=inside, other=0.0)
+    largest = tl.reshape(_bits(_largest(a, b, a, b, 0)), (K // 16, 16))
     byte, inverse = _block_scales(_float(tl.max(largest, axis=1)), table, False)
     sign, inverse = _sign(byte)[:, None], inverse[:, None]
     inverse = tl.reshape(tl.broadcast_to(inverse, (K // 16, 16)), (1, K // 4, 4))
@@ -294,9 +314,9 @@ def _quantize_weight(
     j8 = tl.arange(0, K // 8)[None, :]
     to = codes + (i0 + tl.arange(0, 8) * 2)[:, None] * (cols16 * 2) + (j0 // 8 + j8)
     a, b = tl.reshape(a, (8, K // 8, 8)), tl.reshape(b, (8, K // 8, 8))
-    words = _encode(*_pairs(a), sign, None, None, False, FP4)
+    words = _encode(*_split(a), sign, None, None, False, FP4)
     tl.store(to, words, mask=j8 * 8 < right)
-    words = _encode(*_pairs(b), sign, None, None, False, FP4)
+    words = _encode(*_split(b), sign, None, None, False, FP4)
     tl.store(to + cols16 * 2, words, mask=j8 * 8 < right)
     j16 = tl.arange(0, K // 16)
     to = scales + i0 // 16 * cols16 + j0 // 16 + j16
@@ -337,10 +357,11 @@ def round_residual(x, mean, table, rowwise, columnwise, seeds, headroom):
     out = _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom)[1:-1]
     K, step, warps = QUANTIZE
     codes, scales, codes_col, scales_col = out
+    x = x.view(torch.int32) if x.dtype == torch.bfloat16 else x
     _center_quantize[(_cdiv(rows, 16) * _cdiv(cols, K),)](
         x, mean, table, seeds, codes.view(torch.int32), scales, codes_col.view(torch.int32),
         scales_col, rows, cols, center, rowwise, columnwise, seeds is not None, headroom, has_fp4(),
-        rows % 16 == 0 and cols % K == 0, K, step, num_warps=warps,
+        rows % 16 == 0 and cols % K == 0, K, step, num_warps=warps, maxnreg=128,
     )  # fmt: skip
     return mean, *out, table[0].clone()
 
