@@ -31,7 +31,7 @@ from nvfp4 import NVFP4
 __all__ = ["backend", "center_quantize", "gemm", "quantize_weight"]  # what fp4.py takes
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 STATISTICS = 1024, 128, 32  # columns of a program, parts of the tokens, columns in stage 2
-QUANTIZE = 512, 4, 4  # columns of a program, tokens at a time, warps
+QUANTIZE = 512, 4, 4  # columns of a program, tokens at a time (a warp takes one), warps
 
 # ------------------------------------------------------------------------------------------------
 # Rounding, in registers.
@@ -55,9 +55,16 @@ def _hash_rest(i):
 
 
 @triton.jit
-def _block_scales(block_amax, table, HEADROOM: tl.constexpr):
-    """FP32 amaxes of blocks -> E4M3 bytes (int32), factors into [-6, 6]. table: `_scale_table`."""
-    s = block_amax * tl.load(table + 1)
+def _largest(a, b):
+    """The larger magnitude, as its bits: of integers NaN is the largest."""
+    return _bits(tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def _block_scales(largest, table, HEADROOM: tl.constexpr):
+    """From amaxes of blocks, as their bits: E4M3 bytes, int32; factors into [-6, 6]; and a mask of
+    the sign bit, 0 for NaN, whose sign differs between machines. table: `_scale_table`."""
+    s = _float(largest) * tl.load(table + 1)
     if HEADROOM:
         s = s * (17 / 16)
     s = tl.minimum(s, 448.0)
@@ -66,61 +73,45 @@ def _block_scales(block_amax, table, HEADROOM: tl.constexpr):
     s = (s + magic) - magic
     subnormal = _bits(s + 16384.0) & 7  # 2^14 has ulp 2^-9
     byte = tl.where(s < 0.015625, subnormal, (_bits(s) >> 20) - (120 << 3))  # bias 127 -> 7
-    byte = tl.where(block_amax == block_amax, byte, 0x7F)
-    return byte, tl.load(table + 2 + byte)
-
-
-@triton.jit
-def _largest(a, b, c, d, axis: tl.constexpr):
-    """Largest magnitude of all along an axis, NaN if any is: as integers NaN is the largest."""
-    a = tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
-    c = tl.maximum(tl.abs(c), tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
-    return _float(tl.max(tl.maximum(_bits(a), _bits(c)), axis=axis))
-
-
-@triton.jit
-def _sign(byte):  # the sign bit, for scale bytes; none for NaN, whose sign differs between machines
-    return tl.where(byte == 0x7F, 0, -0x80000000).to(tl.uint32)
+    nan = largest > 0x7F800000
+    byte = tl.where(nan, 0x7F, byte)
+    return byte, tl.load(table + 2 + byte), tl.where(nan, 0, -0x80000000)
 
 
 @triton.jit
 def _nibble(y, sign, noise, STOCHASTIC: tl.constexpr):
-    """Scaled values -> their 4-bit codes in the highest bits of uint32, on nvfp4._encode's lines.
-    As positive integers infinities and NaN are the largest. sign: 1 << 31, or 0 to take none."""
+    """Scaled values -> 4-bit codes, the highest bits of uint32, on nvfp4._encode's lines. Compared
+    as integers: infinities and NaN are above all that is a number."""
     a, one = tl.abs(y), 128.0 if STOCHASTIC else 8388608.0
     code = tl.minimum(_bits(2 * a + one), _bits(a + (one + 2)))
     code = tl.minimum(code, _bits(0.5 * a + (one + 4)))
     if STOCHASTIC:
-        code = (tl.minimum(code, 0x43070000) << 12).to(tl.uint32) + noise
+        code = (tl.minimum(code, 0x43070000) << 12) + noise  # 128 + 7
     else:
-        code = (tl.minimum(code, 0x4B000007) << 28).to(tl.uint32)
-    return code | (_bits(y).to(tl.uint32) & sign)
+        code = tl.minimum(code, 0x4B000007) << 28  # 2^23 + 7
+    return (code | (_bits(y) & sign)).to(tl.uint32)
 
 
 @triton.jit
-def _encode(low, high, sign, word, key, STOCHASTIC: tl.constexpr, FP4: tl.constexpr):
-    """Scaled values (M, N, 4) of the low and the high nibbles of four bytes -> words (M, N), whose
-    index in the tensor of codes is `word`. FP4: on hardware that rounds to E2M1."""
-    M: tl.constexpr = low.shape[0]
-    N: tl.constexpr = low.shape[1]
+def _encode(low, high, sign, byte, key, STOCHASTIC: tl.constexpr, FP4: tl.constexpr):
+    """Scaled values (M, N, P) of low and of high nibbles -> bytes (M, N, P). The first's index in
+    the tensor is `byte` (M, N, 1), a multiple of P. FP4: in hardware."""
     if FP4 and not STOCHASTIC:
-        c = tl.inline_asm_elementwise(
+        byte = tl.inline_asm_elementwise(
             "{ .reg .b8 c; cvt.rn.satfinite.e2m1x2.f32 c, $2, $1; cvt.u32.u8 $0, c; }",
-            "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1,
+            "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
-        c = c << 24
     else:
         u_low, u_high = None, None
         if STOCHASTIC:
-            u = (word * 4).to(tl.uint32) ^ key  # of the word's first byte: then _hash
-            u = (u ^ (u >> 16))[:, :, None] ^ tl.arange(0, 4).to(tl.uint32)[None, None, :]
+            u = byte.to(tl.uint32) ^ key  # the indices differ in bits that the first shift drops
+            u = (u ^ (u >> 16)) ^ tl.arange(0, low.shape[2]).to(tl.uint32)[None, None, :]
             u = _hash_rest(u)
-            u_low, u_high = (u << 12) & 0x0FFFFFFF, u >> 4  # 16 bits and, below the code's, more
+            u_low = ((u << 12) & 0x0FFFFFFF).to(tl.int32)  # 16 bits, below the code's
+            u_high = (u >> 4).to(tl.int32)  # 16, and further down some that move nothing
         low, high = _nibble(low, sign, u_low, STOCHASTIC), _nibble(high, sign, u_high, STOCHASTIC)
-        c = (high & 0xF0000000) | (low >> 4)
-    low, high = tl.split(tl.reshape(c, (M, N, 2, 2)))
-    low, high = tl.split((high & 0xFF000000) | (low >> 8))
-    return ((high & 0xFFFF0000) | (low >> 16)).to(tl.int32, bitcast=True)
+        byte = ((high & 0xF0000000) | (low >> 4)) >> 24
+    return byte.to(tl.uint8)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -193,35 +184,39 @@ def _scale_table(amax, table, n, N: tl.constexpr):
 
 # ------------------------------------------------------------------------------------------------
 # Center and quantize. A program takes 16 tokens of its columns, and rounds them in blocks along the
-# row, a few tokens at a time, then, from cache, in blocks along tokens. Either time a thread reads
-# all 16 values of a block, and makes its scale and words of eight codes: nothing is exchanged.
+# row, a few tokens at a time, then, from cache, in blocks along tokens. Either time a thread holds
+# all 16 values of a block, so that threads exchange nothing. EVEN: no tile is cut off.
 
 
 @triton.jit
-def _pairs(x, i, j, inside, P: tl.constexpr, EVEN: tl.constexpr):
-    """FP32 from P pairs of neighbours in a row, at i + j (M, N, 1), in pairs, of x: the even ones
-    and the odd, (M, N, P). x: of int32, two BF16, or of floats. EVEN: all of it is inside."""
-    at, n = i + j, tl.arange(0, P)[None, None, :]
+def _pairs(x, at, inside, P: tl.constexpr, EVEN: tl.constexpr):
+    """P pairs of neighbours in a row of x, from pair `at` (M, N, 1) on: the even values and the
+    odd, (M, N, P), FP32. x points to floats, or, two BF16 at once, to int32."""
     if x.dtype.element_ty == tl.int32:
-        v = tl.load(x + (at + n)) if EVEN else tl.load(x + (at + n), mask=inside, other=0)
-        return _float(v << 16), _float(v & -0x10000)
-    n = tl.arange(0, 2 * P)[None, None, :]
-    v = tl.load(x + (at * 2 + n)) if EVEN else tl.load(x + (at * 2 + n), mask=inside, other=0.0)
-    return _split(v.to(tl.float32))
+        x += at + tl.arange(0, P)[None, None, :]
+        v = tl.load(x) if EVEN else tl.load(x, mask=inside, other=0)
+        even, odd = _float(v << 16), _float(v & -0x10000)
+    else:
+        x += at * 2 + tl.arange(0, 2 * P)[None, None, :]
+        v = tl.load(x) if EVEN else tl.load(x, mask=inside, other=0.0)
+        even, odd = _even_odd(v.to(tl.float32))
+    return even, odd
 
 
 @triton.jit
-def _split(y):  # (M, N, 2P) -> the even and the odd elements, (M, N, P)
+def _even_odd(y):  # (M, N, 2P) -> (M, N, P) twice
     return tl.split(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2] // 2, 2)))
 
 
 @triton.jit
-def _minus(x, mean, inside, CENTER: tl.constexpr, EVEN: tl.constexpr):
+def _residual(x, mean, at, inside, P: tl.constexpr, CENTER: tl.constexpr, EVEN: tl.constexpr):
+    """`_pairs` of x less those of the mean; 0 outside."""
+    even, odd = _pairs(x, at, inside, P, EVEN)
     if CENTER:
-        x = x - mean
+        even, odd = even - mean[0], odd - mean[1]
         if not EVEN:
-            x = tl.where(inside, x, 0.0)
-    return x
+            even, odd = tl.where(inside, even, 0.0), tl.where(inside, odd, 0.0)
+    return even, odd
 
 
 @triton.jit
@@ -232,95 +227,90 @@ def _center_quantize(
     K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
-    i0, j0, cols16 = pid // tiles * 16, pid % tiles * K, cols // 16
-    cols2, below, right = cols // 2, rows - i0, cols - j0
+    i0, j0, cols2, cols16 = pid // tiles * 16, pid % tiles * K, cols // 2, cols // 16
     x += (i0.to(tl.int64) * cols + j0) // (2 if x.dtype.element_ty == tl.int32 else 1)
     mean += j0
-    key, m0, m1, m2, m3 = None, None, None, None, None
+    key, mean_a, mean_b = None, None, None
 
     if ROWWISE:
         if STOCHASTIC:
             key = _hash(tl.load(seeds).to(tl.uint32, bitcast=True))
-        block = tl.arange(0, K // 16)[None, :, None]
-        inside_j = block * 16 < right
+        block = tl.arange(0, K // 16)[None, :, None]  # its first half is a, the second b
+        inside_j = j0 + block * 16 < cols
         if CENTER:
-            m0, m1 = _pairs(mean, 0, block * 8, inside_j, 4, EVEN)
-            m2, m3 = _pairs(mean, 0, block * 8 + 4, inside_j, 4, EVEN)
+            mean_a = _pairs(mean, block * 8, inside_j, 4, EVEN)
+            mean_b = _pairs(mean, block * 8 + 4, inside_j, 4, EVEN)
         for t in tl.static_range(0, 16, STEP):
             i = (t + tl.arange(0, STEP))[:, None, None]
-            inside = (i < below) & inside_j
-            r0, r1 = _pairs(x, i * cols2, block * 8, inside, 4, EVEN)
-            r2, r3 = _pairs(x, i * cols2, block * 8 + 4, inside, 4, EVEN)
-            r0, r1 = _minus(r0, m0, inside, CENTER, EVEN), _minus(r1, m1, inside, CENTER, EVEN)
-            r2, r3 = _minus(r2, m2, inside, CENTER, EVEN), _minus(r3, m3, inside, CENTER, EVEN)
-            byte, inverse = _block_scales(_largest(r0, r1, r2, r3, 2), table, HEADROOM)
-            sign, inverse = _sign(byte)[:, :, None], inverse[:, :, None]
+            at, inside = i * cols2 + block * 8, (i0 + i < rows) & inside_j
+            a0, a1 = _residual(x, mean_a, at, inside, 4, CENTER, EVEN)
+            b0, b1 = _residual(x, mean_b, at + 4, inside, 4, CENTER, EVEN)
+            largest = tl.max(tl.maximum(_largest(a0, a1), _largest(b0, b1)), 2, keep_dims=True)
+            byte, inverse, sign = _block_scales(largest, table, HEADROOM)
             to = (i0 + i) * cols16 + (j0 // 16 + block)
-            word = tl.reshape(to * 2, (STEP, K // 16))
-            a = _encode(r0 * inverse, r1 * inverse, sign, word, key, STOCHASTIC, FP4)
-            b = _encode(r2 * inverse, r3 * inverse, sign, word + 1, key, STOCHASTIC, FP4)
-            words = codes + (to * 2 + tl.arange(0, 2)[None, None, :])
-            tl.store(words, tl.join(a, b), mask=inside)
-            tl.store(scales + to, byte[:, :, None].to(tl.uint8), mask=inside)
+            a = _encode(a0 * inverse, a1 * inverse, sign, to * 8, key, STOCHASTIC, FP4)
+            b = _encode(b0 * inverse, b1 * inverse, sign, to * 8 + 4, key, STOCHASTIC, FP4)
+            c = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (STEP, K // 16, 8))
+            tl.store(codes + (to * 8 + tl.arange(0, 8)[None, None, :]), c, mask=inside)
+            tl.store(scales + to, byte.to(tl.uint8), mask=inside)
 
     if COLUMNWISE:
         if STOCHASTIC:
             key = _hash(tl.load(seeds + 1).to(tl.uint32, bitcast=True))
-        i, quad = tl.arange(0, 8)[:, None, None], tl.arange(0, K // 4)[None, :, None]
-        j, inside_j = quad * 4 + tl.arange(0, 4)[None, None, :], quad * 4 < right
+        quad, n = tl.arange(0, K // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+        inside_j = j0 + quad * 4 < cols
         if CENTER:
-            m0, m1 = _pairs(mean, 0, quad * 2, inside_j, 2, EVEN)
-        inside = (i * 2 < below) & inside_j
-        r0, r1 = _pairs(x, i * cols, quad * 2, inside, 2, EVEN)
-        r0, r1 = _minus(r0, m0, inside, CENTER, EVEN), _minus(r1, m1, inside, CENTER, EVEN)
-        inside = (i * 2 + 1 < below) & inside_j
-        r2, r3 = _pairs(x, i * cols + cols2, quad * 2, inside, 2, EVEN)
-        r2, r3 = _minus(r2, m0, inside, CENTER, EVEN), _minus(r3, m1, inside, CENTER, EVEN)
-        a = tl.reshape(tl.join(r0, r1), (8, K // 4, 4))
-        b = tl.reshape(tl.join(r2, r3), (8, K // 4, 4))
-        byte, inverse = _block_scales(_largest(a, b, a, b, 0), table, HEADROOM)
-        sign, inverse = _sign(byte)[None, :, :], inverse[None, :, :]
-        to = (i0 // 2 + i) * (cols16 * 4) + (j0 // 4 + quad)
-        word = tl.reshape(to, (8, K // 4))
-        words = _encode(a * inverse, b * inverse, sign, word, key, STOCHASTIC, FP4)
-        tl.store(codes_col + to, words[:, :, None], mask=inside_j)
-        to = scales_col + i0 // 16 * cols + j0 + j
-        tl.store(to, byte[None, :, :].to(tl.uint8), mask=inside_j)
+            mean_a = _pairs(mean, quad * 2, inside_j, 2, EVEN)
+        largest, r = tl.zeros((1, K // 4, 4), tl.int32), ()
+        for i in tl.static_range(16):
+            at, inside = i * cols2 + quad * 2, (i0 + i < rows) & inside_j
+            a0, a1 = _residual(x, mean_a, at, inside, 2, CENTER, EVEN)
+            r += (tl.reshape(tl.join(a0, a1), (1, K // 4, 4)),)
+            if i % 2:
+                largest = tl.maximum(largest, _largest(r[i - 1], r[i]))
+        byte, inverse, sign = _block_scales(largest, table, HEADROOM)
+        for i in tl.static_range(8):
+            to = (i0 // 2 + i) * cols + (j0 + quad * 4)
+            a, b = r[2 * i] * inverse, r[2 * i + 1] * inverse
+            c = _encode(a, b, sign, to, key, STOCHASTIC, FP4)
+            tl.store(codes_col + (to + n), c, mask=inside_j)
+        to = i0 // 16 * cols + (j0 + quad * 4 + n)
+        tl.store(scales_col + to, byte.to(tl.uint8), mask=inside_j)
 
 
 @triton.jit
 def _quantize_weight(
-    w, table, codes, codes_col, scales, rows, cols,
+    w, table, codes, codes_col, scales, cols,
     FP4: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """W (n, m) in 16 x 16 blocks, packed along rows for fprop and along columns for dgrad."""
     tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
-    i0, j0, cols16 = pid // tiles * 16, pid % tiles * K, cols // 16
-    right = cols - j0
-    i, quad = tl.arange(0, 8)[:, None, None], tl.arange(0, K // 4)[None, :, None]
-    j, inside = quad * 4 + tl.arange(0, 4)[None, None, :], quad * 4 < right
-    at = w + i0.to(tl.int64) * cols + j0 + (i * 2 * cols + j)
-    a, b = tl.load(at, mask=inside, other=0.0), tl.load(at + cols, mask=inside, other=0.0)
-    largest = tl.reshape(_bits(_largest(a, b, a, b, 0)), (K // 16, 16))
-    byte, inverse = _block_scales(_float(tl.max(largest, axis=1)), table, False)
-    sign, inverse = _sign(byte)[:, None], inverse[:, None]
-    inverse = tl.reshape(tl.broadcast_to(inverse, (K // 16, 16)), (1, K // 4, 4))
-    a, b = a * inverse, b * inverse
-    sign_j = tl.reshape(tl.broadcast_to(sign, (K // 16, 4)), (1, K // 4, 1))
-    to = (i0 // 2 + i) * (cols16 * 4) + (j0 // 4 + quad)
-    words = _encode(a, b, sign_j, None, None, False, FP4)
-    tl.store(codes_col + to, words[:, :, None], mask=inside)
-    sign = tl.reshape(tl.broadcast_to(sign, (K // 16, 2)), (1, K // 8, 1))
-    j8 = tl.arange(0, K // 8)[None, :]
-    to = codes + (i0 + tl.arange(0, 8) * 2)[:, None] * (cols16 * 2) + (j0 // 8 + j8)
-    a, b = tl.reshape(a, (8, K // 8, 8)), tl.reshape(b, (8, K // 8, 8))
-    words = _encode(*_split(a), sign, None, None, False, FP4)
-    tl.store(to, words, mask=j8 * 8 < right)
-    words = _encode(*_split(b), sign, None, None, False, FP4)
-    tl.store(to + cols16 * 2, words, mask=j8 * 8 < right)
-    j16 = tl.arange(0, K // 16)
-    to = scales + i0 // 16 * cols16 + j0 // 16 + j16
-    tl.store(to, byte.to(tl.uint8), mask=j16 * 16 < right)
+    i0, j0 = pid // tiles * 16, pid % tiles * K
+    quad, n = tl.arange(0, K // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+    n2, inside = tl.arange(0, 2)[None, None, :], j0 + quad * 4 < cols
+    w += i0.to(tl.int64) * cols + j0
+    largest, r = tl.zeros((1, K // 4, 4), tl.int32), ()
+    for i in tl.static_range(16):
+        at = w + (i * cols + quad * 4 + n)
+        r += (tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0),)
+        if i % 2:
+            largest = tl.maximum(largest, _largest(r[i - 1], r[i]))
+    largest = tl.max(tl.reshape(largest, (K // 16, 16)), 1, keep_dims=True)
+    byte, inverse, sign = _block_scales(largest, table, False)
+    block = tl.arange(0, K // 16)[:, None]
+    to = i0 // 16 * (cols // 16) + (j0 // 16 + block)
+    tl.store(scales + to, byte.to(tl.uint8), mask=j0 + block * 16 < cols)
+    inverse = tl.reshape(tl.broadcast_to(inverse, (K // 16, 4)), (1, K // 4, 1))
+    sign = tl.reshape(tl.broadcast_to(sign, (K // 16, 4)), (1, K // 4, 1))
+    for i in tl.static_range(0, 16, 2):
+        a, b = r[i] * inverse, r[i + 1] * inverse
+        to = codes_col + (((i0 + i) // 2) * cols + (j0 + quad * 4 + n))
+        tl.store(to, _encode(a, b, sign, None, None, False, FP4), mask=inside)
+        to = codes + ((i0 + i) * (cols // 2) + (j0 // 2 + quad * 2 + n2))
+        a0, a1 = _even_odd(a)
+        tl.store(to, _encode(a0, a1, sign, None, None, False, FP4), mask=inside)
+        b0, b1 = _even_odd(b)
+        tl.store(to + cols // 2, _encode(b0, b1, sign, None, None, False, FP4), mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -356,12 +346,12 @@ def round_residual(x, mean, table, rowwise, columnwise, seeds, headroom):
     (rows, cols), center = x.shape, len(mean) > 0
     out = _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom)[1:-1]
     K, step, warps = QUANTIZE
-    codes, scales, codes_col, scales_col = out
-    x = x.view(torch.int32) if x.dtype == torch.bfloat16 else x
+    if x.dtype == torch.bfloat16:
+        x = (x if x.data_ptr() % 4 == 0 else x.clone()).view(torch.int32)
     _center_quantize[(_cdiv(rows, 16) * _cdiv(cols, K),)](
-        x, mean, table, seeds, codes.view(torch.int32), scales, codes_col.view(torch.int32),
-        scales_col, rows, cols, center, rowwise, columnwise, seeds is not None, headroom, has_fp4(),
-        rows % 16 == 0 and cols % K == 0, K, step, num_warps=warps, maxnreg=128,
+        x, mean, table, seeds, *out, rows, cols, center, rowwise, columnwise, seeds is not None,
+        headroom, has_fp4(), rows % 16 == 0 and cols % K == 0, K, step, num_warps=warps,
+        maxnreg=128,
     )  # fmt: skip
     return mean, *out, table[0].clone()
 
@@ -414,9 +404,8 @@ def quantize_weight_op(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(w):
         _, table = statistics(w, False)
         _quantize_weight[(n // 16 * _cdiv(m, K),)](
-            w, table, codes.view(torch.int32), codes_col.view(torch.int32), scales, n, m,
-            has_fp4(), m % K == 0, K, num_warps=warps,
-        )  # fmt: skip
+            w, table, codes, codes_col, scales, m, has_fp4(), m % K == 0, K, num_warps=warps
+        )
     return codes, codes_col, scales, table[0].clone()
 
 
