@@ -25,13 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemm import _cdiv, _decode_scale, _float, backend, gemm, has_fp4
+from gemm import INTERPRET, _cdiv, _decode_scale, _float, backend, gemm, has_fp4
 from nvfp4 import NVFP4
 
 __all__ = ["backend", "center_quantize", "gemm", "quantize_weight"]  # what fp4.py takes
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 STATISTICS = 1024, 128, 32  # columns of a program, parts of the tokens, columns in stage 2
-QUANTIZE = 512, 4, 4  # columns of a program, tokens at a time (a warp takes one), warps
+QUANTIZE = 512, 16 if INTERPRET else 4, 4  # columns of a program, tokens at a time, warps
 
 # ------------------------------------------------------------------------------------------------
 # Rounding, in registers.
@@ -83,13 +83,14 @@ def _nibble(y, sign, noise, STOCHASTIC: tl.constexpr):
     """Scaled values -> 4-bit codes, the highest bits of uint32, on nvfp4._encode's lines. Compared
     as integers: infinities and NaN are above all that is a number."""
     a, one = tl.abs(y), 128.0 if STOCHASTIC else 8388608.0
-    code = tl.minimum(_bits(2 * a + one), _bits(a + (one + 2)))
-    code = tl.minimum(code, _bits(0.5 * a + (one + 4)))
+    steep, unit, flat = 2 * a + one, a + (one + 2), 0.5 * a + (one + 4)
+    code = tl.minimum(steep.to(tl.int32, bitcast=True), unit.to(tl.int32, bitcast=True))
+    code = tl.minimum(code, flat.to(tl.int32, bitcast=True))
     if STOCHASTIC:
         code = (tl.minimum(code, 0x43070000) << 12) + noise  # 128 + 7
     else:
         code = tl.minimum(code, 0x4B000007) << 28  # 2^23 + 7
-    return (code | (_bits(y) & sign)).to(tl.uint32)
+    return (code | (y.to(tl.int32, bitcast=True) & sign)).to(tl.uint32)
 
 
 @triton.jit
