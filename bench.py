@@ -261,24 +261,16 @@ PIPES = {  # machine instructions by the unit of an SM that executes them; all o
 H100 = 132 * 1.755e9, 128, 64, 2.9e12  # SM clocks a second; lanes that issue, the ALU's; bytes/s
 
 
-def instructions(kernel, elements, trips):
-    """Instructions an element and thread by pipe, from machine code: each counts once, but in a
-    loop `trips` times; a program rounds so many elements."""
-    counts, code, labels = dict.fromkeys((*PIPES, "ALU"), 0), [], {}
-    for line in kernel.asm["sass"].splitlines():
-        if "\t" in line:
-            code.append(line.split("\t")[1])
-        labels[line.rstrip(":")] = len(code)
-    jumps = [(n, re.search(r"BRA.* (?:(LBB\d+)|0x(\w+))", line)) for n, line in enumerate(code)]
-    starts = [(n, labels[j[1]] if j[1] else int(j[2], 16) // 16) for n, j in jumps if j]
-    for n, line in enumerate(code):
-        verb = re.match(r"(?:@!?U?P\w+ )?(\w+)", line).group(1)
-        pipe = next((p for p, verbs in PIPES.items() if re.match(verbs, verb)), "ALU")
-        counts[pipe] += (
-            trips if any(start <= n <= end for end, start in starts if start < end) else 1
-        )
-    lanes = 32 * kernel.metadata.num_warps / elements
-    return {pipe: lanes * count for pipe, count in counts.items()}
+def instructions(kernel, elements):
+    """Lane instructions an element by pipe, from machine code without loops, where each instruction
+    runs once in every thread; a program rounds so many elements."""
+    verbs = re.findall(r"\t(?:@!?U?P\w+ )?([A-Z]\w+)", kernel.asm["sass"])
+    assert verbs.count("BRA") == 1, "only the jump to itself that follows the code"
+    counts = dict.fromkeys((*PIPES, "ALU"), 0)
+    for verb in verbs:
+        pipe = next((pipe for pipe, those in PIPES.items() if re.match(those, verb)), "ALU")
+        counts[pipe] += 32 * kernel.metadata.num_warps / elements
+    return counts
 
 
 def rounding(kernels):
@@ -292,7 +284,7 @@ def rounding(kernels):
     clock, issue, alu, bandwidth = H100
     for (name, case, target), kernel in kernels.items():
         size = {"weight": 4 + 1 + 1 / 256, "FP32": 4 + 1.125}.get(case, 2 + 1.125)
-        counts = instructions(kernel, 16 * QUANTIZE[0], 16 // QUANTIZE[1])
+        counts = instructions(kernel, 16 * QUANTIZE[0])
         total = sum(counts.values())
         ps = total / issue / clock, counts["ALU"] / alu / clock, size / bandwidth
         cells = [f"{n:7.1f}" for n in (total, *counts.values())]
