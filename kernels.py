@@ -80,8 +80,8 @@ def _block_scales(largest, table, HEADROOM: tl.constexpr):
 
 @triton.jit
 def _nibble(y, sign, noise, STOCHASTIC: tl.constexpr):
-    """Scaled values -> 4-bit codes, the highest bits of uint32, on nvfp4._encode's lines. Compared
-    as integers: infinities and NaN are above all that is a number."""
+    """Scaled values -> 4-bit codes, the highest bits of uint32, on nvfp4._encode's lines. They are
+    compared as integers: Hopper takes the least of three at once, and NaN is above all numbers."""
     a, one = tl.abs(y), 128.0 if STOCHASTIC else 8388608.0
     steep, unit, flat = 2 * a + one, a + (one + 2), 0.5 * a + (one + 4)
     code = tl.minimum(steep.to(tl.int32, bitcast=True), unit.to(tl.int32, bitcast=True))
@@ -96,7 +96,7 @@ def _nibble(y, sign, noise, STOCHASTIC: tl.constexpr):
 @triton.jit
 def _encode(low, high, sign, byte, key, STOCHASTIC: tl.constexpr, FP4: tl.constexpr):
     """Scaled values (M, N, P) of low and of high nibbles -> bytes (M, N, P). The first's index in
-    the tensor is `byte` (M, N, 1), a multiple of P. FP4: in hardware."""
+    the tensor is `byte` (M, N, 1), a multiple of P. sign: of `_block_scales`. FP4: in hardware."""
     if FP4 and not STOCHASTIC:
         byte = tl.inline_asm_elementwise(
             "{ .reg .b8 c; cvt.rn.satfinite.e2m1x2.f32 c, $2, $1; cvt.u32.u8 $0, c; }",
@@ -229,13 +229,15 @@ def _center_quantize(
 ):  # fmt: skip
     tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
     i0, j0, cols2, cols16 = pid // tiles * 16, pid % tiles * K, cols // 2, cols // 16
-    x += (i0.to(tl.int64) * cols + j0) // (2 if x.dtype.element_ty == tl.int32 else 1)
+    tile = i0.to(tl.int64) * cols16 + j0 // 16
+    x += tile * (8 if x.dtype.element_ty == tl.int32 else 16)
     mean += j0
     key, mean_a, mean_b = None, None, None
 
     if ROWWISE:
         if STOCHASTIC:
             key = _hash(tl.load(seeds).to(tl.uint32, bitcast=True))
+        codes, scales, first = codes + tile * 8, scales + tile, (tile * 8).to(tl.int32)
         block = tl.arange(0, K // 16)[None, :, None]  # its first half is a, the second b
         inside_j = j0 + block * 16 < cols
         if CENTER:
@@ -248,9 +250,10 @@ def _center_quantize(
             b0, b1 = _residual(x, mean_b, at + 4, inside, 4, CENTER, EVEN)
             largest = tl.max(tl.maximum(_largest(a0, a1), _largest(b0, b1)), 2, keep_dims=True)
             byte, inverse, sign = _block_scales(largest, table, HEADROOM)
-            to = (i0 + i) * cols16 + (j0 // 16 + block)
-            a = _encode(a0 * inverse, a1 * inverse, sign, to * 8, key, STOCHASTIC, FP4)
-            b = _encode(b0 * inverse, b1 * inverse, sign, to * 8 + 4, key, STOCHASTIC, FP4)
+            to = i * cols16 + block
+            n = first + to * 8
+            a = _encode(a0 * inverse, a1 * inverse, sign, n, key, STOCHASTIC, FP4)
+            b = _encode(b0 * inverse, b1 * inverse, sign, n + 4, key, STOCHASTIC, FP4)
             c = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (STEP, K // 16, 8))
             tl.store(codes + (to * 8 + tl.arange(0, 8)[None, None, :]), c, mask=inside)
             tl.store(scales + to, byte.to(tl.uint8), mask=inside)
@@ -258,6 +261,8 @@ def _center_quantize(
     if COLUMNWISE:
         if STOCHASTIC:
             key = _hash(tl.load(seeds + 1).to(tl.uint32, bitcast=True))
+        tile = (i0 // 2).to(tl.int64) * cols + j0
+        codes_col, first = codes_col + tile, tile.to(tl.int32)
         quad, n = tl.arange(0, K // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
         inside_j = j0 + quad * 4 < cols
         if CENTER:
@@ -271,9 +276,9 @@ def _center_quantize(
                 largest = tl.maximum(largest, _largest(r[i - 1], r[i]))
         byte, inverse, sign = _block_scales(largest, table, HEADROOM)
         for i in tl.static_range(8):
-            to = (i0 // 2 + i) * cols + (j0 + quad * 4)
+            to = i * cols + quad * 4
             a, b = r[2 * i] * inverse, r[2 * i + 1] * inverse
-            c = _encode(a, b, sign, to, key, STOCHASTIC, FP4)
+            c = _encode(a, b, sign, first + to, key, STOCHASTIC, FP4)
             tl.store(codes_col + (to + n), c, mask=inside_j)
         to = i0 // 16 * cols + (j0 + quad * 4 + n)
         tl.store(scales_col + to, byte.to(tl.uint8), mask=inside_j)
