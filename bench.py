@@ -251,13 +251,57 @@ def compiled(arch):
     JITFunction.run = launch
 
 
+PIPES = {  # machine instructions by the unit of an SM that executes them; all others are the ALU's
+    "FP32": r"FADD|FMUL|FFMA|HFMA2|HADD2|HMUL2",
+    "IMAD": r"IMAD",
+    "convert": r"I2F|F2I|F2F|MUFU",
+    "memory": r"LD|ST|SHFL|BAR|MEMBAR|FENCE",
+    "control": r"U[A-Z]|R2UR|CS2R|S2|BRA|EXIT|NOP|WARPSYNC|BSSY|BSYNC|DEPBAR|CALL|RET",
+}
+H100 = 132 * 1.755e9, 128, 64, 2.9e12  # SM clocks a second; lanes that issue, the ALU's; bytes/s
+
+
+def instructions(kernel, elements):
+    """Lane instructions an element by pipe, from machine code without loops, where each instruction
+    runs once in every thread; a program rounds so many elements."""
+    verbs = re.findall(r"\t(?:@!?U?P\w+ )?([A-Z]\w+)", kernel.asm["sass"])
+    assert verbs.count("BRA") == 1, "only the jump to itself that follows the code"
+    counts = dict.fromkeys((*PIPES, "ALU"), 0)
+    for verb in verbs:
+        pipe = next((pipe for pipe, those in PIPES.items() if re.match(those, verb)), "ALU")
+        counts[pipe] += 32 * kernel.metadata.num_warps / elements
+    return counts
+
+
+def rounding(kernels):
+    """Table of the rounding kernels' instructions, and the least time an element that an H100 needs
+    to issue them, for its ALU, and to move the bytes: the largest bounds the kernel."""
+    from kernels import QUANTIZE
+
+    columns, bounds = ("all", *PIPES, "ALU"), ("issue", "ALU", "memory")
+    print("\nlane instructions an element of the rounding kernels; ps an element on an H100")
+    print(f"{'kernel':16} {'case':11} {'target':8}", *(f"{c:>7}" for c in columns + bounds))
+    clock, issue, alu, bandwidth = H100
+    for (name, case, target), kernel in kernels.items():
+        size = {"weight": 4 + 1 + 1 / 256, "FP32": 4 + 1.125}.get(case, 2 + 1.125)
+        counts = instructions(kernel, 16 * QUANTIZE[0])
+        total = sum(counts.values())
+        ps = total / issue / clock, counts["ALU"] / alu / clock, size / bandwidth
+        cells = [f"{n:7.1f}" for n in (total, *counts.values())]
+        print(f"{name:16} {case:11} {target:8}", *cells, *(f"{t * 1e12:7.2f}" for t in ps))
+
+
 def resources(targets=(80, 90, 100, 120)):
-    """Registers, shared memory and spills by ptxas, the widest load, and the tensor core's verb."""
+    """Registers, shared memory and spills by ptxas, the widest load, and the tensor core's verb.
+    Then the rounding kernels' instructions."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     head = f"{'kernel':18} {'case':11} {'target':8}"
     print(f"{head} {'registers':>9} {'shared':>7} {'spilled':>7} {'load':>5}  tensor cores")
-    loads = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "v2.b32": 8, "v2.b64": 16, "v4.b32": 16}
+    quantize, loads = (
+        {},
+        {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "v2.b32": 8, "v2.b64": 16, "v4.b32": 16},
+    )
     for arch in targets:
         listed = set()
         for case, name, kernel in compiled(arch):
@@ -282,6 +326,9 @@ def resources(targets=(80, 90, 100, 120)):
                 f"{name.strip('_'):18} {case:11} {target:8} {registers:>9} "
                 f"{kernel.metadata.shared:7} {spilled:7} {max(widths):5}  {' '.join(verbs) or '-'}"
             )
+            if "quantize" in name:
+                quantize[name.strip("_"), case, target] = kernel
+    rounding(quantize)
 
 
 def main(argv=None):

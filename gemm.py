@@ -142,6 +142,11 @@ def _major_version():
     return 0 if INTERPRET else triton.runtime.driver.active.get_current_target().arch // 10
 
 
+def has_fp4():
+    """Whether this machine's tensor cores, and its casts, know E2M1."""
+    return _major_version() in FP4_CORES
+
+
 def gemm_fused(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
     """`gemm_op` in one kernel."""
     (M, K2), N, version = a.shape, len(b), _major_version()
@@ -154,7 +159,7 @@ def gemm_fused(a, a_scales, b, b_scales, scale_a, scale_b, left, right, dtype):
     _gemm[(_cdiv(M, BM) * _cdiv(N, BN),)](
         a, a_scales, b, b_scales, scale_a, scale_b, left, right,
         out.view(torch.uint16) if bf16 else out, M, N, K2, *strides,
-        M // len(a_scales), N // len(b_scales), rank_one, bf16, version in FP4_CORES,
+        M // len(a_scales), N // len(b_scales), rank_one, bf16, has_fp4(),
         tl.float32 if INTERPRET else tl.bfloat16, 2 * K2 % BK == 0, BM, BN, BK,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -188,7 +193,7 @@ def backend():
     """What multiplies the codes on this machine, in words."""
     if INTERPRET:
         return "Triton's interpreter"
-    if _major_version() in FP4_CORES:
+    if has_fp4():
         return "Triton, FP4 tensor cores"
     return f"Triton, codes decoded to BF16{', cuBLAS' if _major_version() in CUBLAS else ''}"
 

@@ -25,13 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemm import _cdiv, _decode_scale, _float, backend, gemm
+from gemm import INTERPRET, _cdiv, _decode_scale, _float, backend, gemm, has_fp4
 from nvfp4 import NVFP4
 
 __all__ = ["backend", "center_quantize", "gemm", "quantize_weight"]  # what fp4.py takes
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 STATISTICS = 1024, 128, 32  # columns of a program, parts of the tokens, columns in stage 2
-QUANTIZE = 512, 2, 4  # columns of a program, tokens at a time, warps
+QUANTIZE = 512, 16 if INTERPRET else 4, 4  # columns of a program, tokens at a time, warps
 
 # ------------------------------------------------------------------------------------------------
 # Rounding, in registers.
@@ -44,15 +44,27 @@ def _bits(x):
 
 @triton.jit
 def _hash(i):  # uint32 -> uint32: nvfp4._hash
-    i = (i ^ (i >> 16)) * 0x7FEB352D
+    return _hash_rest(i ^ (i >> 16))
+
+
+@triton.jit
+def _hash_rest(i):
+    i = i * 0x7FEB352D
     i = (i ^ (i >> 15)) * 0x846CA68B
     return i ^ (i >> 16)
 
 
 @triton.jit
-def _block_scales(block_amax, table, HEADROOM: tl.constexpr):
-    """FP32 amaxes of blocks -> E4M3 bytes (int32), factors into [-6, 6]. table: `_scale_table`."""
-    s = block_amax * tl.load(table + 1)
+def _largest(a, b):
+    """The larger magnitude, as its bits: of integers NaN is the largest."""
+    return _bits(tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def _block_scales(largest, table, HEADROOM: tl.constexpr):
+    """From amaxes of blocks, as their bits: E4M3 bytes, int32; factors into [-6, 6]; and a mask of
+    the sign bit, 0 for NaN, whose sign differs between machines. table: `_scale_table`."""
+    s = _float(largest) * tl.load(table + 1)
     if HEADROOM:
         s = s * (17 / 16)
     s = tl.minimum(s, 448.0)
@@ -61,36 +73,46 @@ def _block_scales(block_amax, table, HEADROOM: tl.constexpr):
     s = (s + magic) - magic
     subnormal = _bits(s + 16384.0) & 7  # 2^14 has ulp 2^-9
     byte = tl.where(s < 0.015625, subnormal, (_bits(s) >> 20) - (120 << 3))  # bias 127 -> 7
-    byte = tl.where(block_amax == block_amax, byte, 0x7F)
-    return byte, tl.load(table + 2 + byte)
+    nan = largest > 0x7F800000
+    byte = tl.where(nan, 0x7F, byte)
+    return byte, tl.load(table + 2 + byte), tl.where(nan, 0, -0x80000000)
 
 
 @triton.jit
-def _encode(y, index, seed, STOCHASTIC: tl.constexpr):
-    """Scaled values -> 4-bit codes, int32, on nvfp4._encode's three lines 2a, a + 2, a/2 + 4.
-    Adding 2^23 rounds each to an integer, ties to even, and leaves it in the low bits. NaN: 7."""
-    y = tl.where(y == y, y, 6.0)  # its sign, and what min makes of it, differ between machines
-    a = tl.minimum(tl.abs(y), 6.0)
+def _nibble(y, sign, noise, STOCHASTIC: tl.constexpr):
+    """Scaled values -> 4-bit codes, the highest bits of uint32, on nvfp4._encode's lines. They are
+    compared as integers: Hopper takes the least of three at once, and NaN is above all numbers."""
+    a, one = tl.abs(y), 128.0 if STOCHASTIC else 8388608.0
+    steep, unit, flat = 2 * a + one, a + (one + 2), 0.5 * a + (one + 4)
+    code = tl.minimum(steep.to(tl.int32, bitcast=True), unit.to(tl.int32, bitcast=True))
+    code = tl.minimum(code, flat.to(tl.int32, bitcast=True))
     if STOCHASTIC:
-        exact = tl.minimum(tl.minimum(2 * a, a + 2), 0.5 * a + 4)
-        code = exact.to(tl.int32)
-        u = (_hash(index ^ _hash(seed)) & 0xFFFFFF).to(tl.int32).to(tl.float32) * 2.0**-24
-        code += (u < exact - code.to(tl.float32)).to(tl.int32)
+        code = (tl.minimum(code, 0x43070000) << 12) + noise  # 128 + 7
     else:
-        lines = tl.minimum(2 * a + 8388608.0, a + 8388610.0)
-        code = _bits(tl.minimum(lines, 0.5 * a + 8388612.0)) & 7
-    return code | ((_bits(y) >> 28) & 8)
+        code = tl.minimum(code, 0x4B000007) << 28  # 2^23 + 7
+    return (code | (y.to(tl.int32, bitcast=True) & sign)).to(tl.uint32)
 
 
 @triton.jit
-def _pack_rows(c, M: tl.constexpr, K: tl.constexpr):  # (M, K) -> (M, K/2)
-    low, high = tl.split(tl.reshape(c, (M, K // 2, 2)))
-    return (low | (high << 4)).to(tl.uint8)
-
-
-@triton.jit
-def _row_pairs(x, K: tl.constexpr):  # (16, K) -> its even rows and its odd ones, (8, K)
-    return tl.split(tl.permute(tl.reshape(x, (8, 2, K)), (0, 2, 1)))
+def _encode(low, high, sign, byte, key, STOCHASTIC: tl.constexpr, FP4: tl.constexpr):
+    """Scaled values (M, N, P) of low and of high nibbles -> bytes (M, N, P). The first's index in
+    the tensor is `byte` (M, N, 1), a multiple of P. sign: of `_block_scales`. FP4: in hardware."""
+    if FP4 and not STOCHASTIC:
+        byte = tl.inline_asm_elementwise(
+            "{ .reg .b8 c; cvt.rn.satfinite.e2m1x2.f32 c, $2, $1; cvt.u32.u8 $0, c; }",
+            "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        u_low, u_high = None, None
+        if STOCHASTIC:
+            u = byte.to(tl.uint32) ^ key  # the indices differ in bits that the first shift drops
+            u = (u ^ (u >> 16)) ^ tl.arange(0, low.shape[2]).to(tl.uint32)[None, None, :]
+            u = _hash_rest(u)
+            u_low = ((u << 12) & 0x0FFFFFFF).to(tl.int32)  # 16 bits, below the code's
+            u_high = (u >> 4).to(tl.int32)  # 16, and further down some that move nothing
+        low, high = _nibble(low, sign, u_low, STOCHASTIC), _nibble(high, sign, u_high, STOCHASTIC)
+        byte = ((high & 0xF0000000) | (low >> 4)) >> 24
+    return byte.to(tl.uint8)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -163,80 +185,138 @@ def _scale_table(amax, table, n, N: tl.constexpr):
 
 # ------------------------------------------------------------------------------------------------
 # Center and quantize. A program takes 16 tokens of its columns, and rounds them in blocks along the
-# row, a few tokens at a time, then, from cache, in blocks along tokens.
+# row, a few tokens at a time, then, from cache, in blocks along tokens. Either time a thread holds
+# all 16 values of a block, so that threads exchange nothing. EVEN: no tile is cut off.
 
 
 @triton.jit
-def _residual(x, mean, i, j, rows, cols, CENTER: tl.constexpr):
-    inside = (i < rows)[:, None] & (j < cols)[None, :]
-    r = tl.load(x + i.to(tl.int64)[:, None] * cols + j[None, :], mask=inside, other=0.0)
-    r = r.to(tl.float32)
+def _pairs(x, at, inside, P: tl.constexpr, EVEN: tl.constexpr):
+    """P pairs of neighbours in a row of x, from pair `at` (M, N, 1) on: the even values and the
+    odd, (M, N, P), FP32. x points to floats, or, two BF16 at once, to int32."""
+    if x.dtype.element_ty == tl.int32:
+        x += at + tl.arange(0, P)[None, None, :]
+        v = tl.load(x) if EVEN else tl.load(x, mask=inside, other=0)
+        even, odd = _float(v << 16), _float(v & -0x10000)
+    else:
+        x += at * 2 + tl.arange(0, 2 * P)[None, None, :]
+        v = tl.load(x) if EVEN else tl.load(x, mask=inside, other=0.0)
+        even, odd = _even_odd(v.to(tl.float32))
+    return even, odd
+
+
+@triton.jit
+def _even_odd(y):  # (M, N, 2P) -> (M, N, P) twice
+    return tl.split(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2] // 2, 2)))
+
+
+@triton.jit
+def _residual(x, mean, at, inside, P: tl.constexpr, CENTER: tl.constexpr, EVEN: tl.constexpr):
+    """`_pairs` of x less those of the mean; 0 outside."""
+    even, odd = _pairs(x, at, inside, P, EVEN)
     if CENTER:
-        r = tl.where(inside, r - tl.load(mean + j, mask=j < cols, other=0.0)[None, :], 0.0)
-    return r
+        even, odd = even - mean[0], odd - mean[1]
+        if not EVEN:
+            even, odd = tl.where(inside, even, 0.0), tl.where(inside, odd, 0.0)
+    return even, odd
 
 
 @triton.jit
 def _center_quantize(
-    x, mean, table, seeds, codes, scales, codes_col, scales_col, rows, cols, cols2, cols16,
+    x, mean, table, seeds, codes, scales, codes_col, scales_col, rows, cols,
     CENTER: tl.constexpr, ROWWISE: tl.constexpr, COLUMNWISE: tl.constexpr,
-    STOCHASTIC: tl.constexpr, HEADROOM: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HEADROOM: tl.constexpr, FP4: tl.constexpr, EVEN: tl.constexpr,
+    K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
-    i0, j0 = pid // tiles * 16, pid % tiles * K
-    j, j2, j16 = (
-        j0 + tl.arange(0, K),
-        j0 // 2 + tl.arange(0, K // 2),
-        j0 // 16 + tl.arange(0, K // 16),
-    )
-    seed, seed_col = tl.zeros((), tl.uint32), tl.zeros((), tl.uint32)
-    if STOCHASTIC:
-        seed = tl.load(seeds).to(tl.uint32, bitcast=True)
-        seed_col = tl.load(seeds + 1).to(tl.uint32, bitcast=True)
+    i0, j0, cols2, cols16 = pid // tiles * 16, pid % tiles * K, cols // 2, cols // 16
+    tile = i0.to(tl.int64) * cols16 + j0 // 16
+    x += tile * (8 if x.dtype.element_ty == tl.int32 else 16)
+    mean += j0
+    key, mean_a, mean_b = None, None, None
 
-    for t in tl.range(0, 16 if ROWWISE else 0, STEP):
-        i = i0 + t + tl.arange(0, STEP)
-        y = tl.reshape(_residual(x, mean, i, j, rows, cols, CENTER), (STEP, K // 16, 16))
-        block_amax = _float(tl.max(_bits(y) & 0x7FFFFFFF, axis=2))  # as integers NaN is the largest
-        byte, inverse = _block_scales(block_amax, table, HEADROOM)
-        y = tl.reshape(y * tl.expand_dims(inverse, 2), (STEP, K))
-        row, index = i.to(tl.int64)[:, None], (i[:, None] * cols + j[None, :]).to(tl.uint32)
-        packed = _pack_rows(_encode(y, index, seed, STOCHASTIC), STEP, K)
-        tl.store(codes + row * cols2 + j2, packed, mask=(row < rows) & (j2 < cols2)[None, :])
-        byte = byte.to(tl.uint8)
-        tl.store(scales + row * cols16 + j16, byte, mask=(row < rows) & (j16 < cols16)[None, :])
+    if ROWWISE:
+        if STOCHASTIC:
+            key = _hash(tl.load(seeds).to(tl.uint32, bitcast=True))
+        codes, scales, first = codes + tile * 8, scales + tile, (tile * 8).to(tl.int32)
+        block = tl.arange(0, K // 16)[None, :, None]  # its first half is a, the second b
+        inside_j = j0 + block * 16 < cols
+        if CENTER:
+            mean_a = _pairs(mean, block * 8, inside_j, 4, EVEN)
+            mean_b = _pairs(mean, block * 8 + 4, inside_j, 4, EVEN)
+        for t in tl.static_range(0, 16, STEP):
+            i = (t + tl.arange(0, STEP))[:, None, None]
+            at, inside = i * cols2 + block * 8, (i0 + i < rows) & inside_j
+            a0, a1 = _residual(x, mean_a, at, inside, 4, CENTER, EVEN)
+            b0, b1 = _residual(x, mean_b, at + 4, inside, 4, CENTER, EVEN)
+            largest = tl.max(tl.maximum(_largest(a0, a1), _largest(b0, b1)), 2, keep_dims=True)
+            byte, inverse, sign = _block_scales(largest, table, HEADROOM)
+            to = i * cols16 + block
+            n = first + to * 8
+            a = _encode(a0 * inverse, a1 * inverse, sign, n, key, STOCHASTIC, FP4)
+            b = _encode(b0 * inverse, b1 * inverse, sign, n + 4, key, STOCHASTIC, FP4)
+            c = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (STEP, K // 16, 8))
+            tl.store(codes + (to * 8 + tl.arange(0, 8)[None, None, :]), c, mask=inside)
+            tl.store(scales + to, byte.to(tl.uint8), mask=inside)
 
     if COLUMNWISE:
-        i = i0 + tl.arange(0, 16)
-        r = _residual(x, mean, i, j, rows, cols, CENTER)
-        block_amax = _float(tl.max(_bits(r) & 0x7FFFFFFF, axis=0))
-        byte, inverse = _block_scales(block_amax, table, HEADROOM)
-        index = (i[:, None] * cols + j[None, :]).to(tl.uint32)
-        low, high = _row_pairs(_encode(r * inverse[None, :], index, seed_col, STOCHASTIC), K)
-        row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
-        packed = (low | (high << 4)).to(tl.uint8)
-        tl.store(codes_col + row * cols + j, packed, mask=(j < cols)[None, :])
-        tl.store(scales_col + i0 // 16 * cols + j, byte.to(tl.uint8), mask=j < cols)
+        if STOCHASTIC:
+            key = _hash(tl.load(seeds + 1).to(tl.uint32, bitcast=True))
+        tile = (i0 // 2).to(tl.int64) * cols + j0
+        codes_col, first = codes_col + tile, tile.to(tl.int32)
+        quad, n = tl.arange(0, K // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+        inside_j = j0 + quad * 4 < cols
+        if CENTER:
+            mean_a = _pairs(mean, quad * 2, inside_j, 2, EVEN)
+        largest, r = tl.zeros((1, K // 4, 4), tl.int32), ()
+        for i in tl.static_range(16):
+            at, inside = i * cols2 + quad * 2, (i0 + i < rows) & inside_j
+            a0, a1 = _residual(x, mean_a, at, inside, 2, CENTER, EVEN)
+            r += (tl.reshape(tl.join(a0, a1), (1, K // 4, 4)),)
+            if i % 2:
+                largest = tl.maximum(largest, _largest(r[i - 1], r[i]))
+        byte, inverse, sign = _block_scales(largest, table, HEADROOM)
+        for i in tl.static_range(8):
+            to = i * cols + quad * 4
+            a, b = r[2 * i] * inverse, r[2 * i + 1] * inverse
+            c = _encode(a, b, sign, first + to, key, STOCHASTIC, FP4)
+            tl.store(codes_col + (to + n), c, mask=inside_j)
+        to = i0 // 16 * cols + (j0 + quad * 4 + n)
+        tl.store(scales_col + to, byte.to(tl.uint8), mask=inside_j)
 
 
 @triton.jit
-def _quantize_weight(w, table, codes, codes_col, scales, n, m, m2, m16, K: tl.constexpr):
+def _quantize_weight(
+    w, table, codes, codes_col, scales, cols,
+    FP4: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """W (n, m) in 16 x 16 blocks, packed along rows for fprop and along columns for dgrad."""
-    tiles, pid = tl.cdiv(m, K), tl.program_id(0)
+    tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
     i0, j0 = pid // tiles * 16, pid % tiles * K
-    i, j = i0 + tl.arange(0, 16), j0 + tl.arange(0, K)
-    j2, j16 = j0 // 2 + tl.arange(0, K // 2), j0 // 16 + tl.arange(0, K // 16)
-    r = _residual(w, None, i, j, n, m, False)
-    block_amax = tl.reshape(tl.max(_bits(r) & 0x7FFFFFFF, axis=0), (K // 16, 16))
-    byte, inverse = _block_scales(_float(tl.max(block_amax, axis=1)), table, False)
-    y = tl.reshape(r, (16, K // 16, 16)) * tl.expand_dims(tl.expand_dims(inverse, 0), 2)
-    c = _encode(tl.reshape(y, (16, K)), None, None, False)
-    row = i.to(tl.int64)[:, None]
-    tl.store(codes + row * m2 + j2, _pack_rows(c, 16, K), mask=(j2 < m2)[None, :])
-    low, high = _row_pairs(c, K)
-    row = (i0 // 2 + tl.arange(0, 8)).to(tl.int64)[:, None]
-    tl.store(codes_col + row * m + j, (low | (high << 4)).to(tl.uint8), mask=(j < m)[None, :])
-    tl.store(scales + i0 // 16 * m16 + j16, byte.to(tl.uint8), mask=j16 < m16)
+    quad, n = tl.arange(0, K // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+    n2, inside = tl.arange(0, 2)[None, None, :], j0 + quad * 4 < cols
+    w += i0.to(tl.int64) * cols + j0
+    largest, r = tl.zeros((1, K // 4, 4), tl.int32), ()
+    for i in tl.static_range(16):
+        at = w + (i * cols + quad * 4 + n)
+        r += (tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0),)
+        if i % 2:
+            largest = tl.maximum(largest, _largest(r[i - 1], r[i]))
+    largest = tl.max(tl.reshape(largest, (K // 16, 16)), 1, keep_dims=True)
+    byte, inverse, sign = _block_scales(largest, table, False)
+    block = tl.arange(0, K // 16)[:, None]
+    to = i0 // 16 * (cols // 16) + (j0 // 16 + block)
+    tl.store(scales + to, byte.to(tl.uint8), mask=j0 + block * 16 < cols)
+    inverse = tl.reshape(tl.broadcast_to(inverse, (K // 16, 4)), (1, K // 4, 1))
+    sign = tl.reshape(tl.broadcast_to(sign, (K // 16, 4)), (1, K // 4, 1))
+    for i in tl.static_range(0, 16, 2):
+        a, b = r[i] * inverse, r[i + 1] * inverse
+        to = codes_col + (((i0 + i) // 2) * cols + (j0 + quad * 4 + n))
+        tl.store(to, _encode(a, b, sign, None, None, False, FP4), mask=inside)
+        to = codes + ((i0 + i) * (cols // 2) + (j0 // 2 + quad * 2 + n2))
+        a0, a1 = _even_odd(a)
+        tl.store(to, _encode(a0, a1, sign, None, None, False, FP4), mask=inside)
+        b0, b1 = _even_odd(b)
+        tl.store(to + cols // 2, _encode(b0, b1, sign, None, None, False, FP4), mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -272,9 +352,12 @@ def round_residual(x, mean, table, rowwise, columnwise, seeds, headroom):
     (rows, cols), center = x.shape, len(mean) > 0
     out = _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom)[1:-1]
     K, step, warps = QUANTIZE
+    if x.dtype == torch.bfloat16:
+        x = (x if x.data_ptr() % 4 == 0 else x.clone()).view(torch.int32)
     _center_quantize[(_cdiv(rows, 16) * _cdiv(cols, K),)](
-        x, mean, table, seeds, *out, rows, cols, cols // 2, cols // 16, center, rowwise, columnwise,
-        seeds is not None, headroom, K, step, num_warps=warps,
+        x, mean, table, seeds, *out, rows, cols, center, rowwise, columnwise, seeds is not None,
+        headroom, has_fp4(), rows % 16 == 0 and cols % K == 0, K, step, num_warps=warps,
+        maxnreg=128,
     )  # fmt: skip
     return mean, *out, table[0].clone()
 
@@ -327,7 +410,7 @@ def quantize_weight_op(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(w):
         _, table = statistics(w, False)
         _quantize_weight[(n // 16 * _cdiv(m, K),)](
-            w, table, codes, codes_col, scales, n, m, m // 2, m // 16, K, num_warps=warps
+            w, table, codes, codes_col, scales, m, has_fp4(), m % K == 0, K, num_warps=warps
         )
     return codes, codes_col, scales, table[0].clone()
 

@@ -103,11 +103,16 @@ def _hash(i):
     return i ^ (i >> 16 & 0xFFFF)
 
 
-def _uniform(shape, key):
-    """FP32 in [0, 1), 24 bits, each a hash of its element's index and the key: every device and
-    every order of evaluation draws the same."""
-    i = torch.arange(shape.numel(), dtype=torch.int32, device=key.device).view(shape)
-    return (_hash(i ^ key) & 0xFFFFFF).float() * 2.0**-24
+def _noise(shape, block, key):
+    """int32 in [0, 2^16), (R, C): a hash of its byte's index and the key has 16 bits for each of
+    the two codes in the byte. Every device and every order of evaluation draws the same."""
+    rows, cols = shape
+    i = torch.arange(rows * cols // 2, dtype=torch.int32, device=key.device)
+    if block[1] == 1:  # neighbours in a column share a byte
+        hashes, axis = _hash(i ^ key).view(-1, cols), 1
+    else:
+        hashes, axis = _hash(i ^ key).view(rows, -1), 2
+    return torch.stack((hashes & 0xFFFF, hashes >> 16 & 0xFFFF), axis).view(shape)
 
 
 @_fusible
@@ -116,19 +121,18 @@ def _encode(x, inverse, block, key):
     is None. All codes of a NaN block are 7.
 
     Code min(2a, a + 2, a/2 + 4) is that of magnitude a: spacing is 1/2 up to 2, 1 up to 4, 2 up to
-    6. Rounding each of the three lines to even rounds E2M1 to even."""
+    6. Added to 2^23, whose last bit is 1, each line is rounded to even, and so is E2M1. Added to
+    128, whose last bit is 2^-16, it has a fraction of 16 bits, the probability to go up: noise
+    below 2^16 carries it. A code has no fraction, and stays."""
     y = _tile(x, block) * inverse
     y = torch.where(y == y, y, E2M1_MAX)
     a = torch.where(y.abs() < E2M1_MAX, y.abs(), E2M1_MAX)
-    if key is None:
-        code = torch.minimum(torch.round(2 * a), torch.round(a) + 2)
-        code = torch.minimum(code, torch.round(0.5 * a) + 4)
-    else:  # up with the probability of the distance to the lower code; from a code, never
-        exact = torch.minimum(torch.minimum(2 * a, a + 2), 0.5 * a + 4)
-        low = torch.floor(exact)
-        code = low + (_tile(_uniform(x.shape, key), block) < exact - low).float()
-    negative = torch.copysign(torch.ones_like(y), y) < 0  # true for -0.0 too
-    return torch.where(negative, code + 8, code).to(torch.uint8)
+    one = 2.0**23 if key is None else 128.0
+    code = torch.minimum(torch.minimum(2 * a + one, a + (one + 2)), 0.5 * a + (one + 4))
+    code = code.view(torch.int32)
+    if key is not None:
+        code = (code + _tile(_noise(x.shape, block, key), block)) >> 16
+    return (code & 7 | y.view(torch.int32) >> 28 & 8).to(torch.uint8)  # -0.0 has its sign too
 
 
 @_fusible

@@ -153,15 +153,39 @@ def test_headroom_and_seeds():
     assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[1], codes[2])
 
 
-def test_noise_of_zero_leaves_a_code_alone():
-    """What is exactly a code stays it, also where the noise u is 0: once in 2^24 draws."""
-    index = torch.arange(256 * 256, dtype=torch.int32)
-    for seed in range(10**4):
+def test_the_largest_noise_leaves_a_code_alone():
+    """What is exactly a code stays it, also where all 16 bits of the noise are ones."""
+    for seed in range(1000):
         key = nvfp4._hash(torch.tensor(seed, dtype=torch.int32))
-        if (nvfp4._hash(index ^ key) & 0xFFFFFF == 0).any():
+        row, column = (nvfp4._noise((256, 256), block, key) for block in ((1, 16), (16, 1)))
+        halves = row[:, ::2], row[:, 1::2], column[::2], column[1::2]
+        if all((half == 0xFFFF).any() for half in halves):
             break
     _, got, _ = round_both(torch.ones(256, 256), seeds=(seed, seed))
     assert all((codes == 0x77).all() for codes, *_ in got)
+
+
+def test_whole_tiles():
+    """Without masks, and two columns of tiles."""
+    for seeds in (None, (7, -8)):
+        _, got, want = round_both(matrix(32, 1024, torch.bfloat16), True, seeds=seeds)
+        all_same(got, want)
+    w = matrix(16, 512)
+    for got, want in zip(
+        kernels.quantize_weight(w.to(DEVICE)).tensors(),
+        fp4.quantize_weight(w).tensors(),
+        strict=True,
+    ):
+        same(got, want)
+
+
+def test_bf16_at_an_odd_address():
+    x = matrix(17, 48, torch.bfloat16)
+    odd = torch.cat((x.new_zeros(1), x.flatten())).to(DEVICE)[1:].view(x.shape)
+    all_same(
+        [q.tensors() for q in kernels.center_quantize(odd, False)[1:]],
+        [q.tensors() for q in kernels.center_quantize(x.to(DEVICE), False)[1:]],
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 3e38])
@@ -493,7 +517,8 @@ def test_training_on_the_gpu(tmp_path):
 
 @pytest.fixture(scope="module")
 def table():
-    """Rows of `bench.py --resources`, which compiles all kernels as they are launched."""
+    """Rows of `bench.py --resources`, which compiles all kernels as they are launched: what they
+    need, and the instructions of those that round."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "bench.py", "--resources"],
@@ -503,9 +528,12 @@ def table():
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    head, *rows = (line.split(maxsplit=7) for line in result.stdout.splitlines())
+    needs, counts = result.stdout.split("\n\n")
+    head, *rows = (line.split(maxsplit=7) for line in needs.splitlines())
     assert head[:4] == ["kernel", "case", "target", "registers"]
-    return [(k, case, target, *map(int, n), verb) for k, case, target, *n, verb in rows]
+    needs = [(k, case, target, *map(int, n), verb) for k, case, target, *n, verb in rows]
+    _, head, *rows = (line.split() for line in counts.splitlines())
+    return needs, [dict(zip(head[:10], row, strict=False)) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -518,7 +546,7 @@ def table():
     ],
 )
 def test_compiles(table, target, verbs):
-    rows = [row for row in table if row[2] == target]
+    rows = [row for row in table[0] if row[2] == target]
     assert {row[0] for row in rows} == {
         "column_parts", "column_stats", "scale_table", "center_quantize", "quantize_weight", "gemm",
         "decode_matrix",
@@ -531,3 +559,21 @@ def test_compiles(table, target, verbs):
     assert {row[1] for row in rows if row[0] == "gemm"} == {
         "fprop", "dgrad", "wgrad", "odd_gemm",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "case", "most"),
+    [
+        ("sm_90a", "centered", {"all": 34, "ALU": 17}),
+        ("sm_90a", "stochastic", {"all": 50, "ALU": 25}),
+        ("sm_100a", "centered", {"all": 28}),
+        ("sm_120a", "centered", {"all": 28}),
+    ],
+)
+def test_rounding_takes_few_instructions(table, target, case, most):
+    """So that memory bounds it, or nearly."""
+    key = {"kernel": "center_quantize", "case": case, "target": target}
+    (row,) = (row for row in table[1] if key.items() <= row.items())
+    assert all(float(row[pipe]) <= limit for pipe, limit in most.items()), row
+    (registers,) = (row[3] for row in table[0] if row[:3] == tuple(key.values()))
+    assert registers <= 128  # 16 warps on an SM

@@ -262,44 +262,76 @@ def lowbias32(i):
     return i ^ i >> np.uint32(16)
 
 
-def uniform(n, seed):
-    i = lowbias32(np.arange(n, dtype=np.uint32) ^ lowbias32(np.array([seed % 2**32], np.uint32)))
-    return (i & np.uint32(0xFFFFFF)).astype(np.float32) / 2**24
+def noise(shape, block, seed):
+    """16 bits of a hash for each of the two codes in a byte, the even one's the low ones."""
+    rows, cols = shape
+    key = lowbias32(np.array([seed % 2**32], np.uint32))
+    hashes = lowbias32(np.arange(rows * cols // 2, dtype=np.uint32) ^ key)
+    halves, axis = (hashes & np.uint32(0xFFFF), hashes >> np.uint32(16)), 2 - (block == (16, 1))
+    shape = (rows // 2, cols) if axis == 1 else (rows, cols // 2)
+    return np.stack([h.reshape(shape) for h in halves], axis).reshape(rows, cols).astype(np.int32)
 
 
 def draw(n, seed):
-    return nvfp4._uniform(torch.Size((n,)), nvfp4._hash(torch.tensor(seed, dtype=torch.int32)))
+    key = nvfp4._hash(torch.tensor(seed, dtype=torch.int32))
+    return (nvfp4._noise((n // 16, 16), (1, 16), key).double().flatten() + 0.5) / 2**16
 
 
+@every_block
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**31 - 1, -1, -(2**31)])
-def test_uniform_bits(seed):
-    u = draw(200_000, seed)  # past 2^16, where the first shift begins to act
-    assert torch.equal(u, torch.from_numpy(uniform(200_000, seed)))
-    assert u.min() >= 0 and u.max() < 1
+def test_noise_bits(block, seed):
+    shape = 400, 496  # more bytes than 2^16, where the first shift begins to act
+    got = nvfp4._noise(shape, block, nvfp4._hash(torch.tensor(seed, dtype=torch.int32)))
+    assert torch.equal(got, torch.from_numpy(noise(shape, block, seed)))
+    assert got.min() >= 0 and got.max() < 2**16
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31 - 1])
-def test_uniform_statistics(seed):
+def test_noise_statistics(seed):
     n, sigmas = 1 << 20, 5
-    u = draw(n, seed).double()
+    u = draw(n, seed)
     assert abs(u.mean() - 1 / 2) < sigmas * (1 / 12 / n) ** 0.5
     assert abs(u.var() - 1 / 12) < sigmas * (1 / 180 / n) ** 0.5  # E(u - 1/2)^4 - 1/12^2 = 1/180
-    for bit in range(24):
-        ones = ((u * 2**24).long() >> bit & 1).double().mean()
-        assert abs(ones - 1 / 2) < sigmas / 2 / n**0.5, bit
+    for half in (u[0::2], u[1::2]):
+        for bit in range(16):
+            ones = ((half * 2**16).long() >> bit & 1).double().mean()
+            assert abs(ones - 1 / 2) < sigmas / 2 / len(half) ** 0.5, bit
 
 
 @pytest.mark.parametrize("lag", [1, 2, 16, 256, 4096])
-def test_uniform_elements_are_uncorrelated(lag):
+def test_noise_of_elements_is_uncorrelated(lag):
     n = 1 << 20
-    u = draw(n, 3).double() - 0.5
+    u = draw(n, 3) - 0.5
     assert abs((u[lag:] * u[:-lag]).mean() * 12) < 5 / (n - lag) ** 0.5
 
 
-def test_uniform_seeds_are_uncorrelated():
+def test_noise_within_a_byte_is_independent():
+    """All pairs of the highest four bits of the halves are as frequent."""
+    low, high = ((u * 16).long() for u in draw(1 << 20, 3).view(-1, 2).t())
+    pairs, mean = torch.bincount(low * 16 + high, minlength=256), (1 << 19) / 256
+    chi2 = ((pairs - mean) ** 2 / mean).sum()  # 255 degrees of freedom: 255 on average
+    assert abs(chi2 - 255) < 5 * (2 * 255) ** 0.5
+
+
+def test_noise_of_seeds_is_uncorrelated():
     n = 1 << 20
-    u, v = draw(n, 3).double() - 0.5, draw(n, 4).double() - 0.5
+    u, v = draw(n, 3) - 0.5, draw(n, 4) - 0.5
     assert abs((u * v).mean() * 12) < 5 / n**0.5
+
+
+def test_sr_probability_is_that_of_the_distance():
+    """Of every fraction of 16 bits as many of the 2^16 draws go up: all of the noise is used, and
+    the bias of a value in between is that of rounding it to them, below 2^-17."""
+    draws = torch.arange(2**16, dtype=torch.int32)
+    for fraction in (0, 1, 2, 77, 2**15, 2**16 - 2, 2**16 - 1):
+        x = torch.full((2**16 + 16, 16), 2.0 + fraction / 2**16)  # codes 4 and 5, at 2 and 3
+        x[:, 0], x[-16:] = 6, 2688  # S_enc = 1, and so are the factors
+        with pytest.MonkeyPatch.context() as patch:
+            each = torch.cat((draws, draws[:16]))[:, None].expand(x.shape)
+            patch.setattr(nvfp4, "_noise", lambda *_, each=each: each)
+            q = nvfp4.quantize(x, stochastic=True, seed=0)
+        up = codes(q)[: 2**16, 1:]
+        assert ((up == 4) | (up == 5)).all() and ((up == 5).sum(0) == fraction).all()
 
 
 @every_block
@@ -311,8 +343,8 @@ def test_sr_moves_to_a_neighbour(block, headroom):
     assert same(q.scales.float(), want.scales) and same(q.tensor_scale, want.tensor_scale)
     grid, y = E2M1.numpy(), np.abs(want.scaled.clip(-6, 6))
     low = (np.searchsorted(grid, y, side="right") - 1).clip(max=6)
-    way = (y - grid[low]) / (grid[low + 1] - grid[low])  # 1 at 6, and a draw is below 1
-    up = uniform(x.numel(), 1).reshape(x.shape) < way
+    way = (y - grid[low]) / (grid[low + 1] - grid[low])  # 1 at 6
+    up = noise(x.shape, block, 1) + np.rint(way * 2**16) >= 2**16
     assert np.array_equal(codes(q).numpy(), low + up + 8 * np.signbit(want.scaled))
 
 
