@@ -16,8 +16,10 @@ exactly, because FP32 subtraction is monotone. All that decides a bit is integer
 correctly rounded FP32 operation, in a fixed order. So Triton's interpreter on a CPU
 (TRITON_INTERPRET=1), Ampere, Hopper and Blackwell agree. That excludes `/` (off by 2 ulp; `div_rn`
 is not), casts to BF16 and float8 that round (targets differ), and fused multiply-adds of products
-that are not exact. The twin's mean is PyTorch's, in another order of summation; given one mean, all
-bits agree.
+that are not exact. Blackwell's cast to E2M1 is exact: to nearest even, at most 6, NaN to 6. The
+twin's mean is PyTorch's, in another order of summation; given one mean, all bits agree.
+
+On Hopper instructions, as much as memory, bound the rounding: `bench.py --resources` counts them.
 """
 
 import torch
@@ -56,7 +58,8 @@ def _hash_rest(i):
 
 @triton.jit
 def _largest(a, b):
-    """The larger magnitude, as its bits: of integers NaN is the largest."""
+    """The larger magnitude, as its bits: of integers NaN is the largest. On a GPU a maximum drops
+    NaN if not told to keep it, in the interpreter never."""
     return _bits(tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL))
 
 
@@ -352,12 +355,12 @@ def round_residual(x, mean, table, rowwise, columnwise, seeds, headroom):
     (rows, cols), center = x.shape, len(mean) > 0
     out = _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom)[1:-1]
     K, step, warps = QUANTIZE
-    if x.dtype == torch.bfloat16:
+    if x.dtype == torch.bfloat16:  # two at once, at addresses that are multiples of 4
         x = (x if x.data_ptr() % 4 == 0 else x.clone()).view(torch.int32)
     _center_quantize[(_cdiv(rows, 16) * _cdiv(cols, K),)](
         x, mean, table, seeds, *out, rows, cols, center, rowwise, columnwise, seeds is not None,
         headroom, has_fp4(), rows % 16 == 0 and cols % K == 0, K, step, num_warps=warps,
-        maxnreg=128,
+        maxnreg=128,  # so that an SM holds 16 warps
     )  # fmt: skip
     return mean, *out, table[0].clone()
 
