@@ -34,6 +34,7 @@ def grid(precisions, added_means, **more):
 
 
 FP4 = ["fp4", "fp4_mean", "fp4_mean_paper", "fp4_hadamard", "fp4_svd"]
+ON = ["fp4_hadamard", "fp4_project", "fp4_mean_1d", "fp4_project_1d"]
 PATHS = ["row_bf16", "row_fp4", "row_fp4_sr", "row_weight", "cross", "x"]  # of the mean
 ROUNDING = ["x", "headroom", "sr", "1d"]
 EXPERIMENTS = {
@@ -54,8 +55,8 @@ EXPERIMENTS = {
     },
     "train_on": {
         "seeds": 3, "steps": 60, "base": "fp4", "preset": "smollm2", "windows": 32,
-        "settings": grid([*FP4[:-1], "fp4_project", "fp4_mean_1d", "fp4_project_1d"], [0.0]),
-        "once": grid(["fp4_svd"], [0.0]),
+        "settings": grid(["fp4", "fp4_mean", *ON], [0.0]),
+        "once": grid(["fp4_mean_paper", "fp4_svd"], [0.0]),
     },
     "novels": {
         "seeds": 1, "steps": 200, "base": "fp4", "preset": "smollm2-16k",

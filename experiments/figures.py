@@ -118,19 +118,15 @@ def draw_train_on(stored):
         curves.setdefault(label(r), {})[r["seed"]] = dict(r["val"])
     for name, seeds in curves.items():
         style = STYLES[name] | {"ms": 4, "lw": 1.2}
-        steps = list(seeds[1])
-        left.plot(
-            steps, [statistics.mean(run[s] for run in seeds.values()) for s in steps], **style
-        )
+        steps, losses = list(seeds[1]), np.array([list(run.values()) for run in seeds.values()])
+        left.plot(steps, losses.mean(0), **style, label=name)
         if name != "bf16":
-            gaps = np.array(
-                [[v - curves["bf16"][k][s] for s, v in r.items()] for k, r in seeds.items()]
-            )
+            gaps = losses - [list(curves["bf16"][seed].values()) for seed in seeds]
             error = gaps.std(0, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else None
-            right.errorbar(steps, gaps.mean(0), error, **style, capsize=2, label=name)
+            right.errorbar(steps, gaps.mean(0), error, **style, capsize=2)
     left.set(title="validation loss, nats a token")
+    left.legend(frameon=False, ncols=2, fontsize=9)
     right.set(title="minus bf16's", ylim=(0, None))
-    right.legend(frameon=False, ncols=2)
     figure.supxlabel("step", fontsize=10)
     return figure
 
