@@ -1,6 +1,7 @@
 """Every kernel against its plain twin in fp4.py, bit for bit: on a GPU if there is one, else in
 Triton's interpreter. And what the compiler makes of them for GPUs that are not there."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fp4
+import inference
 import nvfp4
 from data.shards import write_dataset
 from data.vocab import encode, get_encoding
@@ -377,6 +379,25 @@ def test_layer(name, monkeypatch):
             # FP32 sums in another order, and a mean that so may round a code elsewhere
             exact = dtype is torch.float32 and DEVICE.type == "cpu"
             assert (a - b).norm() <= (1e-5 if exact else 4e-3) * b.norm()
+
+
+@pytest.mark.parametrize("name", ["fp4_mean", "fp4_project_1d"])
+def test_stored_means(name, monkeypatch):
+    """inference.py's layer, whose GEMM is the kernels', one token at a time too."""
+    layer, x = fp4.FP4Linear(48, 64, False, FP4_RECIPES[name]), matrix(23, 48)
+    monkeypatch.setattr(fp4, "kernels", kernels, raising=False)
+    monkeypatch.setattr(fp4, "KERNEL_DEVICES", set())
+    inference.calibrate(torch.nn.Sequential(layer), [x])
+    want = layer(x)
+    recipe = {f.name: getattr(layer.recipe, f.name) for f in dataclasses.fields(layer.recipe)}
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in recipe.items()}
+    codes = (t.to(DEVICE) for t in recipe["w"].tensors())
+    moved["w"] = nvfp4.NVFP4(*codes, recipe["w"].block, len(layer.weight))
+    layer.to(DEVICE).recipe = inference.Stored(**moved)
+    monkeypatch.setattr(fp4, "KERNEL_DEVICES", {DEVICE.type})
+    for rows in (slice(None), slice(5, 6)):
+        got = layer(x[rows].to(DEVICE)).cpu()
+        assert (got - want[rows]).norm() <= 1e-5 * want[rows].norm()
 
 
 def test_saved_for_backward(on_kernels):
