@@ -16,7 +16,7 @@ import time
 import torch
 
 import fp4
-from cli import Parser, number, script
+from cli import Parser, UserError, number, script
 from experiments.recipes import RECIPES
 from model import GPT
 from run import PRESETS, Config, World, adopt, read_config
@@ -265,7 +265,8 @@ def instructions(kernel, elements):
     """Lane instructions an element by pipe, from machine code without loops, where each instruction
     runs once in every thread; a program rounds so many elements."""
     verbs = re.findall(r"\t(?:@!?U?P\w+ )?([A-Z]\w+)", kernel.asm["sass"])
-    assert verbs.count("BRA") == 1, "only the jump to itself that follows the code"
+    if verbs.count("BRA") != 1:  # the jump to itself that follows the code
+        raise UserError(f"{kernel.name} has a loop here, and its instructions cannot be counted")
     counts = dict.fromkeys((*PIPES, "ALU"), 0)
     for verb in verbs:
         pipe = next((pipe for pipe, those in PIPES.items() if re.match(those, verb)), "ALU")
@@ -273,16 +274,17 @@ def instructions(kernel, elements):
     return counts
 
 
-def rounding(kernels):
+def rounding(compiled_kernels):
     """Table of the rounding kernels' instructions, and the least time an element that an H100 needs
-    to issue them, for its ALU, and to move the bytes: the largest bounds the kernel."""
+    to issue them, for its ALU, and to move the bytes: the largest bounds the kernel. Conversions,
+    few and of a rate that is not public, have no bound."""
     from kernels import QUANTIZE
 
     columns, bounds = ("all", *PIPES, "ALU"), ("issue", "ALU", "memory")
     print("\nlane instructions an element of the rounding kernels; ps an element on an H100")
     print(f"{'kernel':16} {'case':11} {'target':8}", *(f"{c:>7}" for c in columns + bounds))
     clock, issue, alu, bandwidth = H100
-    for (name, case, target), kernel in kernels.items():
+    for (name, case, target), kernel in compiled_kernels.items():
         size = {"weight": 4 + 1 + 1 / 256, "FP32": 4 + 1.125}.get(case, 2 + 1.125)
         counts = instructions(kernel, 16 * QUANTIZE[0])
         total = sum(counts.values())
@@ -298,10 +300,8 @@ def resources(targets=(80, 90, 100, 120)):
 
     head = f"{'kernel':18} {'case':11} {'target':8}"
     print(f"{head} {'registers':>9} {'shared':>7} {'spilled':>7} {'load':>5}  tensor cores")
-    quantize, loads = (
-        {},
-        {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "v2.b32": 8, "v2.b64": 16, "v4.b32": 16},
-    )
+    loads = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "v2.b32": 8, "v2.b64": 16, "v4.b32": 16}
+    quantize = {}  # {(kernel's name, case, target): CompiledKernel}
     for arch in targets:
         listed = set()
         for case, name, kernel in compiled(arch):

@@ -12,7 +12,7 @@ from cli import UserError, is_a
 from data.shards import AUTOMATIC, load, prepare_if_missing
 from data.vocab import default_out, get_encoding, token_bytes
 from hf import is_hf, load_hf
-from memory import part
+from memory import local_part
 from model import GPT, ModelConfig
 from run import Config, check_values
 
@@ -69,7 +69,7 @@ def load_weights(path, state, model):
     not fit."""
     have = model.state_dict()
     try:
-        model.load_state_dict({k: part(v, have.get(k)) for k, v in state["model"].items()})
+        model.load_state_dict({k: local_part(v, have.get(k)) for k, v in state["model"].items()})
     except (RuntimeError, TypeError):
         raise UserError(f"{path}: its weights do not fit its config") from None
 
@@ -168,7 +168,7 @@ def resume_run(out, config, model, optimizer, world):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         try:
             moments = {
-                i: {name: part(value, parameters[i]) for name, value in values.items()}
+                i: {name: local_part(value, parameters[i]) for name, value in values.items()}
                 for i, values in state["optimizer"]["state"].items()
             }
             optimizer.load_state_dict(state["optimizer"] | {"state": moments})

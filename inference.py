@@ -29,7 +29,8 @@ MARGIN = 2  # of the largest magnitude seen: a larger one saturates. E4M3 has ro
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """A recipe for one layer (fp4.py), forward only: right (1, m) is the mean or its direction, row
-    (1, n) its product with W, both None if nothing is split off; amax () of the residual, FP32."""
+    (1, n) its product with W, both None if nothing is split off; amax () of the residual, FP32; w
+    is W in NVFP4, the layer's own is not read again. RuntimeError where a gradient is wanted."""
 
     project: bool
     right: torch.Tensor | None
@@ -38,9 +39,14 @@ class Stored:
     w: fp4.NVFP4
 
     def __call__(self, x, w):
+        if x.requires_grad or w.requires_grad:
+            raise RuntimeError("stored means are for inference. HINT: with torch.no_grad()")
         left, r = residual(x, self.right, self.project)
         r = fp4.quantize(r, amax=self.amax)
         return fp4.ops(x.device).gemm(r, self.w.t(), x.dtype, self.row, left)
+
+    def __repr__(self):
+        return "stored"
 
 
 def residual(x, right, project):
@@ -55,46 +61,53 @@ def residual(x, right, project):
 def variant_of(recipe):
     """The Variant that a recipe is, if constants can serve for what it splits off, else None."""
     variant = VARIANTS.get(recipe, recipe)
-    plain = isinstance(variant, Variant) and variant.mean_format == "fp32"
-    special = plain and (variant.massive or variant.stochastic_x or variant.round_mean_weight)
-    return variant if plain and not special and variant.split != "svd" else None
+    if not isinstance(variant, Variant) or variant.split == "svd" or variant.mean_format != "fp32":
+        return None
+    more = variant.massive or variant.stochastic_x or variant.round_mean_weight
+    return None if more else variant
 
 
 @torch.no_grad()
 def calibrate(model, batches):
-    """Give every FP4Linear of a model, in place, means and scales of these batches: a list of token
-    ids (B, T), of text like that to come. Training is over then. A recipe that splits off what no
-    constant can be, such as fp4_svd, stays; returns how many layers were changed."""
+    """Give every FP4Linear of a model, in place and on its device, means and scales of these
+    batches: a list of token ids (B, T), of text like that to come. Training is over then. A recipe
+    that splits off what no constant can be, such as fp4_svd, stays, and so does a layer that saw
+    nothing. Returns how many layers were changed; ValueError for activations that are not finite.
+    """
     layers = [m for m in model.modules() if isinstance(m, fp4.FP4Linear) and variant_of(m.recipe)]
     right = {}
 
     def collect(see):
-        seen = {layer: [] for layer in layers}
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda layer, inputs: seen[layer].append(see(layer, inputs[0].flatten(0, -2)))
-            )
-            for layer in layers
-        ]
+        """{layer: [see(layer, x), ...]}, x (T, m) its input of a batch."""
+        seen = {}
+
+        def look(layer, inputs):
+            seen.setdefault(layer, []).append(see(layer, inputs[0].flatten(0, -2).float()))
+
+        hooks = [layer.register_forward_pre_hook(look) for layer in layers]
         for ids in batches:
             model(ids)
         for hook in hooks:
             hook.remove()
-        return {layer: torch.stack(values) for layer, values in seen.items()}
+        return seen
 
     def largest(layer, x):
         project = variant_of(layer.recipe).split == "project"
         return residual(x, right[layer], project)[1].abs().amax()
 
-    for layer, means in collect(lambda _, x: x.float().mean(0)).items():
-        mean, split = means.mean(0, keepdim=True), variant_of(layer.recipe).split
+    for layer, sums in collect(lambda _, x: (x.sum(0), len(x))).items():
+        total, tokens = (sum(part) for part in zip(*sums, strict=True))
+        mean, split = (total / tokens)[None], variant_of(layer.recipe).split
         right[layer] = {"none": None, "mean": mean, "project": F.normalize(mean)}[split]
-    for layer, amax in collect(largest).items():
+    for layer, seen in collect(largest).items():
+        amax = MARGIN * torch.stack(seen).amax()
+        if not amax.isfinite():
+            raise ValueError("an activation is not finite: there is no mean to store")
         variant, w, mu = variant_of(layer.recipe), layer.weight.float(), right[layer]
         w_q = fp4.quantize(w, block=(1, 16) if variant.weight_1d else (16, 16))
         row = None if mu is None else mu @ w.t()
-        layer.recipe = Stored(variant.split == "project", mu, row, MARGIN * amax.max(), w_q)
-    return len(layers)
+        layer.recipe = Stored(variant.split == "project", mu, row, amax, w_q)
+    return len(right)
 
 
 def calibrate_on(path, model, origin, dataset=None):

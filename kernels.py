@@ -19,7 +19,8 @@ is not), casts to BF16 and float8 that round (targets differ), and fused multipl
 that are not exact. Blackwell's cast to E2M1 is exact: to nearest even, at most 6, NaN to 6. The
 twin's mean is PyTorch's, in another order of summation; given one mean, all bits agree.
 
-On Hopper instructions, as much as memory, bound the rounding: `bench.py --resources` counts them.
+`bench.py --resources` counts the instructions of the rounding. On Hopper they take as long as its
+bytes, and it takes longer than either (experiments/README.md).
 """
 
 import torch
@@ -97,9 +98,9 @@ def _nibble(y, sign, noise, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _encode(low, high, sign, byte, key, STOCHASTIC: tl.constexpr, FP4: tl.constexpr):
+def _encode(low, high, sign, index, key, STOCHASTIC: tl.constexpr, FP4: tl.constexpr):
     """Scaled values (M, N, P) of low and of high nibbles -> bytes (M, N, P). The first's index in
-    the tensor is `byte` (M, N, 1), a multiple of P. sign: of `_block_scales`. FP4: in hardware."""
+    the tensor is `index` (M, N, 1), a multiple of P. sign: of `_block_scales`. FP4: in hardware."""
     if FP4 and not STOCHASTIC:
         byte = tl.inline_asm_elementwise(
             "{ .reg .b8 c; cvt.rn.satfinite.e2m1x2.f32 c, $2, $1; cvt.u32.u8 $0, c; }",
@@ -108,7 +109,7 @@ def _encode(low, high, sign, byte, key, STOCHASTIC: tl.constexpr, FP4: tl.conste
     else:
         u_low, u_high = None, None
         if STOCHASTIC:
-            u = byte.to(tl.uint32) ^ key  # the indices differ in bits that the first shift drops
+            u = index.to(tl.uint32) ^ key  # the indices differ in bits that the first shift drops
             u = (u ^ (u >> 16)) ^ tl.arange(0, low.shape[2]).to(tl.uint32)[None, None, :]
             u = _hash_rest(u)
             u_low = ((u << 12) & 0x0FFFFFFF).to(tl.int32)  # 16 bits, below the code's
@@ -254,9 +255,9 @@ def _center_quantize(
             largest = tl.max(tl.maximum(_largest(a0, a1), _largest(b0, b1)), 2, keep_dims=True)
             byte, inverse, sign = _block_scales(largest, table, HEADROOM)
             to = i * cols16 + block
-            n = first + to * 8
-            a = _encode(a0 * inverse, a1 * inverse, sign, n, key, STOCHASTIC, FP4)
-            b = _encode(b0 * inverse, b1 * inverse, sign, n + 4, key, STOCHASTIC, FP4)
+            index = first + to * 8
+            a = _encode(a0 * inverse, a1 * inverse, sign, index, key, STOCHASTIC, FP4)
+            b = _encode(b0 * inverse, b1 * inverse, sign, index + 4, key, STOCHASTIC, FP4)
             c = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (STEP, K // 16, 8))
             tl.store(codes + (to * 8 + tl.arange(0, 8)[None, None, :]), c, mask=inside)
             tl.store(scales + to, byte.to(tl.uint8), mask=inside)
@@ -266,7 +267,7 @@ def _center_quantize(
             key = _hash(tl.load(seeds + 1).to(tl.uint32, bitcast=True))
         tile = (i0 // 2).to(tl.int64) * cols + j0
         codes_col, first = codes_col + tile, tile.to(tl.int32)
-        quad, n = tl.arange(0, K // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+        quad, lane = tl.arange(0, K // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
         inside_j = j0 + quad * 4 < cols
         if CENTER:
             mean_a = _pairs(mean, quad * 2, inside_j, 2, EVEN)
@@ -282,8 +283,8 @@ def _center_quantize(
             to = i * cols + quad * 4
             a, b = r[2 * i] * inverse, r[2 * i + 1] * inverse
             c = _encode(a, b, sign, first + to, key, STOCHASTIC, FP4)
-            tl.store(codes_col + (to + n), c, mask=inside_j)
-        to = i0 // 16 * cols + (j0 + quad * 4 + n)
+            tl.store(codes_col + (to + lane), c, mask=inside_j)
+        to = i0 // 16 * cols + (j0 + quad * 4 + lane)
         tl.store(scales_col + to, byte.to(tl.uint8), mask=inside_j)
 
 
@@ -356,7 +357,7 @@ def round_residual(x, mean, table, rowwise, columnwise, seeds, headroom):
     out = _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom)[1:-1]
     K, step, warps = QUANTIZE
     if x.dtype == torch.bfloat16:  # two at once, at addresses that are multiples of 4
-        x = (x if x.data_ptr() % 4 == 0 else x.clone()).view(torch.int32)
+        x = (x if x.data_ptr() % 4 == 0 else x.clone()).view(-1).view(torch.int32)
     _center_quantize[(_cdiv(rows, 16) * _cdiv(cols, K),)](
         x, mean, table, seeds, *out, rows, cols, center, rowwise, columnwise, seeds is not None,
         headroom, has_fp4(), rows % 16 == 0 and cols % K == 0, K, step, num_warps=warps,

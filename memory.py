@@ -10,14 +10,16 @@ DTensors (FSDP2, arXiv 2304.11277):
 
 Weights are gathered as they are, in FP32, and each process centers and rounds its own part of the
 batch. So the arithmetic is that of data parallelism, up to the order of FP32 sums. Embedding, last
-norm and head are gathered from the beginning of forward to the end of backward. What runs the model
+norm and head are gathered from the beginning of forward to the end of backward, and what backward
+needs of a block stays whole in between, rounded W too: 1 byte a parameter, if blocks are not
+recomputed. What runs the model
 or asks for its state takes part in these exchanges: all processes must do it, or none.
 
 `recompute`. Backward needs what forward computed. Of a block only the input is kept, and the block
 runs again when backward reaches it: a third more arithmetic, and the same numbers bit for bit.
 
-A checkpoint holds whole tensors, however many processes made it: `gather` and `part` are the way
-into the file and out of it.
+A checkpoint holds whole tensors, however many processes made it: `gather` and `local_part` are the
+way into the file and out of it.
 """
 
 import functools
@@ -37,8 +39,9 @@ def shard(model, world):
     its device. UserError, naming the parameter, where rows do not split evenly.
 
     The model comes whole, so that its first weights are those of any other run, bit for bit. That
-    costs memory of the host, 4 bytes a parameter and process: 129 GB for the 8 of one host and 4
-    billion parameters. The device sees one block at a time, and the host's copy goes with it."""
+    costs memory of the host, 4 bytes a parameter and process (8 while --init is read): 129 GB for
+    the 8 of one host and 4 billion parameters. The device sees one block at a time, and the host's
+    copy goes with it."""
     for name, p in model.named_parameters():
         if len(p) % world.size:
             raise UserError(
@@ -77,7 +80,7 @@ def gather(state, seen=None):
     return seen[id(state)]
 
 
-def part(whole, like):
+def local_part(whole, like):
     """What this process keeps of a whole tensor, laid out as the parameter `like`. The tensor
     itself if that is no DTensor, or of another shape, which load_state_dict then names."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:

@@ -106,12 +106,9 @@ def _hash(i):
 def _noise(shape, block, key):
     """int32 in [0, 2^16), (R, C): a hash of its byte's index and the key has 16 bits for each of
     the two codes in the byte. Every device and every order of evaluation draws the same."""
-    rows, cols = shape
-    i = torch.arange(rows * cols // 2, dtype=torch.int32, device=key.device)
-    if block[1] == 1:  # neighbours in a column share a byte
-        hashes, axis = _hash(i ^ key).view(-1, cols), 1
-    else:
-        hashes, axis = _hash(i ^ key).view(rows, -1), 2
+    i = torch.arange(shape.numel() // 2, dtype=torch.int32, device=key.device)
+    axis, width = (1, shape[1]) if block[1] == 1 else (2, shape[1] // 2)  # neighbours in a byte
+    hashes = _hash(i ^ key).view(-1, width)
     return torch.stack((hashes & 0xFFFF, hashes >> 16 & 0xFFFF), axis).view(shape)
 
 
@@ -122,8 +119,8 @@ def _encode(x, inverse, block, key):
 
     Code min(2a, a + 2, a/2 + 4) is that of magnitude a: spacing is 1/2 up to 2, 1 up to 4, 2 up to
     6. Added to 2^23, whose last bit is 1, each line is rounded to even, and so is E2M1. Added to
-    128, whose last bit is 2^-16, it has a fraction of 16 bits, the probability to go up: noise
-    below 2^16 carries it. A code has no fraction, and stays."""
+    128, whose last bit is 2^-16, it has a fraction of 16 bits, the probability to go up, but for
+    that last rounding, 2^-17: noise below 2^16 carries it. A code has no fraction, and stays."""
     y = _tile(x, block) * inverse
     y = torch.where(y == y, y, E2M1_MAX)
     a = torch.where(y.abs() < E2M1_MAX, y.abs(), E2M1_MAX)

@@ -7,8 +7,11 @@ In FP4 means and scales are constants, measured before on text that the model wa
 that of --dataset (inference.py).
 """
 
+import sys
+
 import torch
 
+import fp4
 from checkpoint import encoding_of, load_model
 from cli import Parser, number, script
 from experiments.recipes import RECIPES
@@ -39,6 +42,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = World(args.device).device
     model, config = load_model(args.out_dir, device, args.precision)
+    if model.config.precision.startswith("fp4"):
+        print(fp4.backend(device), file=sys.stderr, flush=True)
     encoding = encoding_of(config)
     calibrate_on(args.out_dir, model, config, args.dataset)
     start = encoding.encode(args.prompt, allowed_special="all") or [encoding.eot_token]

@@ -151,7 +151,6 @@ def train(config, resume, world):
     # data
     world.first(prepare_if_missing, config.dataset)
     train_tokens, val_tokens = load(config.dataset, "train"), load(config.dataset, "val")
-    weights = initial_weights(config, train_tokens) if config.init and not resume else None
     config.vocab_size = config.vocab_size or -(-train_tokens.vocab_size // 64) * 64
     if config.vocab_size < train_tokens.vocab_size:
         raise UserError(
@@ -165,8 +164,8 @@ def train(config, resume, world):
 
     # model, optimizer, and the folder
     model = GPT(config, generator_for(config, "init"))
-    if weights:
-        model.load_state_dict(weights)
+    if config.init and not resume:
+        model.load_state_dict(initial_weights(config, train_tokens))
     if config.shard:
         shard(model, world)
     else:
@@ -260,7 +259,7 @@ def train(config, resume, world):
         loss = torch.zeros((), device=device)
         for i, rows in enumerate(micro_steps, 1):
             x, y = batch(train_tokens, world.share(rows), config, device)
-            # to add up gradients over processes; not if sharded: till then they would be whole
+            # DDP adds gradients up in the last micro-step; FSDP in each, else it holds them whole
             wait = world.size > 1 and not config.shard and i < len(micro_steps)
             with forward.no_sync() if wait else contextlib.nullcontext():
                 part = forward(x, y) / config.grad_accum

@@ -241,7 +241,10 @@ def main(argv=None):
         help="names, own: that of the training (bf16 own)",
     )
     parser.add_argument(
-        "--means", choices=("stored", "batch"), default="stored", help="of fp4_mean (stored)"
+        "--means",
+        choices=("stored", "batch"),
+        default="stored",
+        help="and scales in FP4 (stored)",
     )
     parser.add_argument("--blimp", help="the folder of its .jsonl files, or a tar file of it")
     parser.add_argument("--lambada", help="its .jsonl file, also .xz or .gz")
@@ -279,7 +282,8 @@ def main(argv=None):
                 {name: statistics(column, base.get(name)) for name, column in part.items()}
                 for part, base in zip(parts, first, strict=True)
             )
-            rows.append({"run": run, "in": precision, "columns": columns, "phenomena": phenomena})
+            rows.append({"run": run, "in": precision, "means": args.means, "columns": columns})
+            rows[-1]["phenomena"] = phenomena
     print(report(rows))
     for name, source in SOURCES.items():
         if not getattr(args, name.lower()):
