@@ -199,9 +199,11 @@ def main(argv=None):
     parser = Parser(__doc__)
     names = ", ".join(EXPERIMENTS)
     parser.add_argument("experiment", help=f"{names}, or a .json file to print the table of")
-    parser.add_argument("--preset", help="of train.py (micro, or smollm2)")
+    parser.add_argument("--preset", help="of train.py (micro, smollm2 or smollm2-16k)")
     parser.add_argument("--seeds", type=number(int), help="(3; natural, novels and rates 1)")
-    parser.add_argument("--steps", type=number(int), help="(300; natural 2000, SmolLM2's 60)")
+    parser.add_argument(
+        "--steps", type=number(int), help="(300; natural 2000, novels 200, train_on 60)"
+    )
     parser.add_argument("--json", type=Path, help="keep the numbers there")
     args = parser.parse_args(argv)
     if args.experiment in EXPERIMENTS:

@@ -387,6 +387,7 @@ def test_layer(name, monkeypatch):
             assert (a - b).norm() <= (1e-5 if exact else 4e-3) * b.norm()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["fp4_mean", "fp4_project_1d"])
 def test_stored_means(name, monkeypatch):
     """inference.py's layer, whose GEMM is the kernels', one token at a time too."""
