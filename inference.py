@@ -13,6 +13,7 @@ comes with it.
 """
 
 import dataclasses
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,8 @@ def calibrate_on(path, model, origin, dataset=None):
     default the run's own, if it has such layers; UserError if there is no text."""
     if not any(variant_of(m.recipe) for m in model.modules() if isinstance(m, fp4.FP4Linear)):
         return
-    _, tokens = text_for(path, origin, dataset, "train")
+    name, tokens = text_for(path, origin, dataset, "train")
+    print(f"FP4: means and scales of {name}, {WINDOWS} x {LENGTH} tokens at most", file=sys.stderr)
     length = min(model.config.block_size, LENGTH)
     windows = tokens.batch(tokens.spaced(WINDOWS, length), length)
     calibrate(model, windows.to(model.head.weight.device).split(2))

@@ -181,7 +181,7 @@ class World:
         if config.batch_size % (self.size * config.grad_accum):
             raise UserError(
                 f"batch_size {config.batch_size} does not split into {self.size} processes "
-                f"times grad_accum {config.grad_accum}"
+                f"times grad_accum {config.grad_accum}. HINT: --batch-size"
             )
         if config.shard and self.size == 1:
             raise UserError(
