@@ -106,7 +106,7 @@ def _hash(i):
 def _noise(shape, block, key):
     """int32 in [0, 2^16), (R, C): a hash of its byte's index and the key has 16 bits for each of
     the two codes in the byte. Every device and every order of evaluation draws the same."""
-    i = torch.arange(shape.numel() // 2, dtype=torch.int32, device=key.device)
+    i = torch.arange(shape[0] * shape[1] // 2, dtype=torch.int32, device=key.device)
     axis, width = (1, shape[1]) if block[1] == 1 else (2, shape[1] // 2)  # neighbours in a byte
     hashes = _hash(i ^ key).view(-1, width)
     return torch.stack((hashes & 0xFFFF, hashes >> 16 & 0xFFFF), axis).view(shape)

@@ -469,7 +469,8 @@ def test_fused_passes_give_the_same_bits():
 
 
 def test_all_that_passes_over_a_tensor_is_fused():
-    fusible = {name for name, f in vars(nvfp4).items() if hasattr(f, "__wrapped__")}
+    names = {name for name in vars(nvfp4) if not name.startswith("__")}  # nor torch.compile's own
+    fusible = {name for name in names if hasattr(vars(nvfp4)[name], "__wrapped__")}
     assert fusible - {"quantize"} == {"_block_amax", "_block_scales", "_encode", "_decode"}
 
 
