@@ -1,15 +1,15 @@
 """Inference in 4 bits: what training measures in every batch, measured once and kept.
 
 In training the mean is that of the batch at hand. For inference that is a burden: a token's result
-then depends on its neighbours, and a token that comes alone is its own mean. But the mean is nearly
-the same for any text, so a constant serves. With a stored mean μ, and a stored direction u = μ/|μ|,
+then depends on its neighbours, and a token that comes alone is its own mean. But texts of one form
+have nearly the same mean, so a constant serves. With a stored mean μ, and its direction u = μ/|μ|,
 
     fp4_mean      Y = R~ W~ᵀ + μ Wᵀ            R = X - μ        μ Wᵀ is a bias: it costs nothing
     fp4_project   Y = R~ W~ᵀ + (X u)(u Wᵀ)     R = X - (X u) u
     fp4           Y = R~ W~ᵀ                   R = X
 
-The tensor scale of R is stored too, and W is rounded once. So a token's result is its own, whatever
-comes with it.
+The tensor scale of R is stored too, and W is rounded once. So a layer's result for a token is its
+own, whatever comes with it.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from experiments.recipes import Variant
 
 VARIANTS = {fp4.linear_fp4: Variant(split="none"), fp4.linear_fp4_mean: Variant()}
 WINDOWS, LENGTH = 8, 512  # of training text that `calibrate_on` reads
-MARGIN = 2  # of the largest magnitude seen: a larger one saturates. E4M3 has room for 2^13 below
+MARGIN = 2  # times the largest magnitude seen, as larger ones saturate; costs no precision in E4M3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +113,11 @@ def calibrate(model, batches):
 
 def calibrate_on(path, model, origin, dataset=None):
     """`calibrate` the model that `load_model` made of `path` on training text of a dataset, by
-    default the run's own, if it has such layers; UserError if there is no text."""
+    default the run's own; returns the number of layers changed, UserError if there is no text."""
     if not any(variant_of(m.recipe) for m in model.modules() if isinstance(m, fp4.FP4Linear)):
-        return
+        return 0
     name, tokens = text_for(path, origin, dataset, "train")
     print(f"FP4: means and scales of {name}, {WINDOWS} x {LENGTH} tokens at most", file=sys.stderr)
     length = min(model.config.block_size, LENGTH)
     windows = tokens.batch(tokens.spaced(WINDOWS, length), length)
-    calibrate(model, windows.to(model.head.weight.device).split(2))
+    return calibrate(model, windows.to(model.head.weight.device).split(2))

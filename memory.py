@@ -11,9 +11,9 @@ DTensors (FSDP2, arXiv 2304.11277):
 Weights are gathered as they are, in FP32, and each process centers and rounds its own part of the
 batch. So the arithmetic is that of data parallelism, up to the order of FP32 sums. Embedding, last
 norm and head are gathered from the beginning of forward to the end of backward, and what backward
-needs of a block stays whole in between, rounded W too: 1 byte a parameter, if blocks are not
-recomputed. What runs the model
-or asks for its state takes part in these exchanges: all processes must do it, or none.
+needs of a block stays whole in between, rounded W too: its codes, packed along either axis, are 1
+byte a parameter, unless blocks are recomputed. What runs the model or asks for its state takes part
+in these exchanges: all processes must do it, or none.
 
 `recompute`. Backward needs what forward computed. Of a block only the input is kept, and the block
 runs again when backward reaches it: a third more arithmetic, and the same numbers bit for bit.

@@ -271,8 +271,7 @@ def main(argv=None):
             line = fp4.backend(device) if precision.startswith("fp4") else ""
             print(f"{run} in {precision}", line, file=sys.stderr, flush=True)
             dataset, _ = text_for(run, origin, args.dataset)
-            if args.means == "stored":
-                calibrate_on(run, model, origin, dataset)
+            stored = args.means == "stored" and calibrate_on(run, model, origin, dataset)
             config = Config(**{**origin, "dataset": dataset})
             config.block_size = args.block_size or min(config.block_size, 512)
             config.eval_windows = args.windows or config.eval_windows
@@ -282,8 +281,8 @@ def main(argv=None):
                 {name: statistics(column, base.get(name)) for name, column in part.items()}
                 for part, base in zip(parts, first, strict=True)
             )
-            rows.append({"run": run, "in": precision, "means": args.means, "columns": columns})
-            rows[-1]["phenomena"] = phenomena
+            row = {"run": run, "in": precision, "means": "stored" if stored else "batch"}
+            rows.append({**row, "columns": columns, "phenomena": phenomena})
     print(report(rows))
     for name, source in SOURCES.items():
         if not getattr(args, name.lower()):

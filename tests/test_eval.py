@@ -393,6 +393,7 @@ def test_means_are_stored_unless_it_is_said_otherwise(data, tmp_path, monkeypatc
             command(monkeypatch, capsys, *argv, "--batch-tokens", size, "--limit", 1)
             (row,) = json.loads((tmp_path / "e.json").read_text())
             losses[(*means[1:], size)] = row["columns"]["val loss"][1]
+            assert row["means"] == ("batch" if "batch" in means else "stored")
     assert losses[(64,)] == losses["stored", 64] != losses["batch", 64]
     assert losses[(512,)] == losses["stored", 512] == pytest.approx(losses[(64,)], abs=2e-5)
     assert abs(losses["batch", 512] - losses["batch", 64]) > 2e-4
