@@ -110,6 +110,8 @@ def test_training_on_starts_from_the_weights_of_a_preset(small, monkeypatch, tmp
         r["val"][0][1] == pytest.approx(before, abs=1e-5) for k, r in runs.items() if k[0] == "bf16"
     )
     assert runs["bf16", 1e-3, 1]["val"][-1] != runs["bf16", None, 1]["val"][-1]
+    config = json.loads((tmp_path / "out/compare/on-2/fp4-0-2/config.json").read_text())
+    assert config["eval_windows"] == 2  # the experiment's, not the preset's
     assert "| `bf16, learning rate 0.001` |" in capsys.readouterr().out
 
 
