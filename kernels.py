@@ -1,40 +1,53 @@
-"""Triton kernels for fp4.py: column statistics, center and quantize; gemm.py has the products.
+"""Triton kernels for fp4.py: column statistics, center and quantize, GEMM. Tensors in, tensors out.
 
-fp4.py is the definition, and the plain twin of all that is here. Kernels save memory traffic. For a
-T x m matrix in BF16, bytes an element:
+fp4.py is the definition, and has the plain twin of everything here. Kernels save memory traffic.
+Bytes an element, for X (T, m) in BF16:
 
     statistics          2 read: sums, minima and maxima of the columns, in two stages
     center + quantize   2 read, 0.5625 written for each of two directions of the blocks
     weights (FP32)      4 read twice, 1 written: one set of codes, packed along either axis
+    GEMM                0.5625 read for each operand, 2 or 4 written for the result
 
 NVFP4 needs a tensor's amax before it can round a single value, so vanilla FP4 reads X twice too.
-Centering adds no pass: the columns' statistics give mean and extrema at once, and from these
+Centering adds no pass. The columns' statistics give mean and extrema at once, and from these
 
     max |x - μ| = max over columns of max(colmax - μ, μ - colmin)
 
-exactly, because FP32 subtraction is monotone. All that decides a bit is integer arithmetic or one
-correctly rounded FP32 operation, in a fixed order. So Triton's interpreter on a CPU
-(TRITON_INTERPRET=1), Ampere, Hopper and Blackwell agree. That excludes `/` (off by 2 ulp; `div_rn`
-is not), casts to BF16 and float8 that round (targets differ), and fused multiply-adds of products
-that are not exact. Blackwell's cast to E2M1 is exact: to nearest even, at most 6, NaN to 6. The
-twin's mean is PyTorch's, in another order of summation; given one mean, all bits agree.
+exactly, because FP32 subtraction is monotone.
 
-`bench.py --resources` counts the instructions of the rounding. On Hopper they take as long as its
-bytes, and it takes longer than either (experiments/README.md).
+All that decides a bit is integer arithmetic or one correctly rounded FP32 operation, in a fixed
+order. So Triton's interpreter on a CPU (TRITON_INTERPRET=1), Ampere, Hopper and Blackwell agree.
+That excludes `/`, which is off by 2 ulp (`div_rn` is not), casts to BF16 and float8 that round,
+where targets differ, and fused multiply-adds of products that are not exact. Blackwell's cast to
+E2M1 is exact: to nearest even, at most 6, NaN to 6. The twin's mean is PyTorch's, in another order
+of summation; given one mean, all bits agree. In a GEMM the decoded values are exact, and the order
+of summation is the hardware's own.
 """
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemm import INTERPRET, _cdiv, _decode_scale, _float, backend, gemm, has_fp4
-from nvfp4 import NVFP4
-
-__all__ = ["backend", "center_quantize", "gemm", "quantize_weight"]  # what fp4.py takes
+INTERPRET = triton.knobs.runtime.interpret
+if INTERPRET:
+    np.seterr(all="ignore")  # 1 / 0 and infinities are meant
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
-STATISTICS = 1024, 128, 32  # columns of a program, parts of the tokens, columns in stage 2
-QUANTIZE = 512, 16 if INTERPRET else 4, 4  # columns of a program, tokens at a time, warps
+
+# Tiles. What a program of each kernel takes.
+PART_COLUMNS, PARTS, STAT_COLUMNS = 1024, 128, 32
+ROUND_COLUMNS, ROUND_TOKENS, ROUND_WARPS = 512, 16 if INTERPRET else 4, 4
+GROUP = tl.constexpr(8)  # rows of tiles of a GEMM that share an operand in L2
+GEMM_TILES = {  # of the GPU's major version: M, N, K, warps, stages; 0: the interpreter
+    0: (128, 128, 128, 4, 1),
+    8: (128, 64, 64, 8, 3),
+    9: (128, 128, 128, 8, 3),
+    10: (128, 256, 256, 8, 3),
+    12: (128, 64, 128, 8, 3),
+}
+FP4_CORES = 10, 12  # major versions of GPUs whose FP4 tensor cores `tl.dot_scaled` reaches
+CUBLAS = 8, 9  # where codes are decoded for cuBLAS: 2 to 3 times as fast on an H200, 8 not timed
 
 # ------------------------------------------------------------------------------------------------
 # Rounding, in registers.
@@ -46,7 +59,13 @@ def _bits(x):
 
 
 @triton.jit
-def _hash(i):  # uint32 -> uint32: nvfp4._hash
+def _float(i):
+    return i.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _hash(i):
+    """uint32 -> uint32: fp4.hash32."""
     return _hash_rest(i ^ (i >> 16))
 
 
@@ -58,63 +77,66 @@ def _hash_rest(i):
 
 
 @triton.jit
-def _largest(a, b):
+def _larger(a, b):
     """The larger magnitude, as its bits: of integers NaN is the largest. On a GPU a maximum drops
     NaN if not told to keep it, in the interpreter never."""
     return _bits(tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
-def _block_scales(largest, table, HEADROOM: tl.constexpr):
+def _block_scales(amaxes, table):
     """From amaxes of blocks, as their bits: E4M3 bytes, int32; factors into [-6, 6]; and a mask of
     the sign bit, 0 for NaN, whose sign differs between machines. table: `_scale_table`."""
-    s = _float(largest) * tl.load(table + 1)
-    if HEADROOM:
-        s = s * (17 / 16)
-    s = tl.minimum(s, 448.0)
+    s = tl.minimum(_float(amaxes) * tl.load(table + 1), 448.0)
     power = tl.maximum(_float(_bits(s) & 0x7F800000), 0.015625)  # of two below s, at least 2^-6
-    magic = power * 1048576.0  # 2^20 power has ulp power / 8, which is E4M3's spacing there
+    magic = power * 1048576.0  # 2^20 power has ulp power / 8, which is E4M3's step there
     s = (s + magic) - magic
     subnormal = _bits(s + 16384.0) & 7  # 2^14 has ulp 2^-9
     byte = tl.where(s < 0.015625, subnormal, (_bits(s) >> 20) - (120 << 3))  # bias 127 -> 7
-    nan = largest > 0x7F800000
+    nan = amaxes > 0x7F800000
     byte = tl.where(nan, 0x7F, byte)
     return byte, tl.load(table + 2 + byte), tl.where(nan, 0, -0x80000000)
 
 
 @triton.jit
 def _nibble(y, sign, noise, STOCHASTIC: tl.constexpr):
-    """Scaled values -> 4-bit codes, the highest bits of uint32, on nvfp4._encode's lines. They are
-    compared as integers: Hopper takes the least of three at once, and NaN is above all numbers."""
+    """Scaled values -> 4-bit codes, the highest bits of uint32, by the three lines of fp4.encode.
+    They are compared as integers: Hopper takes the least of three at once, and NaN is above all
+    numbers."""
     a, one = tl.abs(y), 128.0 if STOCHASTIC else 8388608.0
-    steep, unit, flat = 2 * a + one, a + (one + 2), 0.5 * a + (one + 4)
-    code = tl.minimum(steep.to(tl.int32, bitcast=True), unit.to(tl.int32, bitcast=True))
-    code = tl.minimum(code, flat.to(tl.int32, bitcast=True))
+    code = tl.minimum(_bits(2 * a + one), _bits(a + (one + 2)))
+    code = tl.minimum(code, _bits(0.5 * a + (one + 4)))
     if STOCHASTIC:
         code = (tl.minimum(code, 0x43070000) << 12) + noise  # 128 + 7
     else:
         code = tl.minimum(code, 0x4B000007) << 28  # 2^23 + 7
-    return (code | (y.to(tl.int32, bitcast=True) & sign)).to(tl.uint32)
+    return (code | (_bits(y) & sign)).to(tl.uint32)
 
 
 @triton.jit
 def _encode(low, high, sign, index, key, STOCHASTIC: tl.constexpr, FP4: tl.constexpr):
-    """Scaled values (M, N, P) of low and of high nibbles -> bytes (M, N, P). The first's index in
-    the tensor is `index` (M, N, 1), a multiple of P. sign: of `_block_scales`. FP4: in hardware."""
+    """Scaled values (M, N, P) of low and of high nibbles -> bytes (M, N, P). The first byte's index
+    in the tensor is `index` (M, N, 1), a multiple of P. sign: of `_block_scales`. FP4: by the
+    hardware's cast."""
     if FP4 and not STOCHASTIC:
         byte = tl.inline_asm_elementwise(
             "{ .reg .b8 c; cvt.rn.satfinite.e2m1x2.f32 c, $2, $1; cvt.u32.u8 $0, c; }",
-            "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+            constraints="=r,f,f",
+            args=[low, high],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
     else:
-        u_low, u_high = None, None
+        noise_low, noise_high = None, None
         if STOCHASTIC:
             u = index.to(tl.uint32) ^ key  # the indices differ in bits that the first shift drops
             u = (u ^ (u >> 16)) ^ tl.arange(0, low.shape[2]).to(tl.uint32)[None, None, :]
             u = _hash_rest(u)
-            u_low = ((u << 12) & 0x0FFFFFFF).to(tl.int32)  # 16 bits, below the code's
-            u_high = (u >> 4).to(tl.int32)  # 16, and further down some that move nothing
-        low, high = _nibble(low, sign, u_low, STOCHASTIC), _nibble(high, sign, u_high, STOCHASTIC)
+            noise_low = ((u << 12) & 0x0FFFFFFF).to(tl.int32)  # 16 bits, below the code's
+            noise_high = (u >> 4).to(tl.int32)  # 16, and further down some that move nothing
+        low = _nibble(low, sign, noise_low, STOCHASTIC)
+        high = _nibble(high, sign, noise_high, STOCHASTIC)
         byte = ((high & 0xF0000000) | (low >> 4)) >> 24
     return byte.to(tl.uint8)
 
@@ -126,83 +148,83 @@ def _encode(low, high, sign, index, key, STOCHASTIC: tl.constexpr, FP4: tl.const
 
 
 @triton.jit
-def _column_parts(x, parts, rows, cols, part_rows, BLOCK: tl.constexpr):
+def _column_parts(x, parts, T, m, part_tokens, BLOCK: tl.constexpr):
     part, j = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     low = tl.full((BLOCK,), float("inf"), tl.float32)
     high = tl.full((BLOCK,), float("-inf"), tl.float32)
-    first = part * part_rows
-    row = x + first.to(tl.int64) * cols + j
-    for _ in tl.range(first, tl.minimum(first + part_rows, rows), loop_unroll_factor=8):
-        v = tl.load(row, mask=j < cols, other=0.0).to(tl.float32)
-        row += cols
+    start = part * part_tokens
+    row = x + start.to(tl.int64) * m + j
+    for _ in tl.range(start, tl.minimum(start + part_tokens, T), loop_unroll_factor=8):
+        v = tl.load(row, mask=j < m, other=0.0).to(tl.float32)
+        row += m
         total += v
         low = tl.minimum(low, tl.where(v == v, v, float("inf")))
         high = tl.maximum(high, tl.where(v == v, v, float("-inf")))
-    out = parts + part * 3 * cols + j
-    tl.store(out, total, mask=j < cols)
-    tl.store(out + cols, low, mask=j < cols)
-    tl.store(out + 2 * cols, high, mask=j < cols)
+    out = parts + part * 3 * m + j
+    tl.store(out, total, mask=j < m)
+    tl.store(out + m, low, mask=j < m)
+    tl.store(out + 2 * m, high, mask=j < m)
 
 
 @triton.jit
 def _column_stats(
-    parts, mean, amax, rows, cols, CENTER: tl.constexpr, P: tl.constexpr, HALVINGS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    parts, mean, amaxes, T, m,
+    CENTER: tl.constexpr, PARTS: tl.constexpr, HALVINGS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    cell = parts + tl.arange(0, P)[:, None] * 3 * cols + j[None, :]
-    inside = (j < cols)[None, :]
-    low = tl.min(tl.load(cell + cols, mask=inside, other=0.0), axis=0)
-    high = tl.max(tl.load(cell + 2 * cols, mask=inside, other=0.0), axis=0)
+    cell = parts + tl.arange(0, PARTS)[:, None] * 3 * m + j[None, :]
+    inside = (j < m)[None, :]
+    low = tl.min(tl.load(cell + m, mask=inside, other=0.0), axis=0)
+    high = tl.max(tl.load(cell + 2 * m, mask=inside, other=0.0), axis=0)
     if CENTER:
         total = tl.load(cell, mask=inside, other=0.0)
         for n in tl.static_range(1, HALVINGS + 1):  # tl.sum's order is not the same everywhere
-            halves = tl.reshape(total, (2, P >> n, BLOCK))
+            halves = tl.reshape(total, (2, PARTS >> n, BLOCK))
             a, b = tl.split(tl.permute(halves, (1, 2, 0)))
             total = a + b
-        mu = tl.div_rn(tl.reshape(total, (BLOCK,)), rows * 1.0)
-        tl.store(mean + j, mu, mask=j < cols)
+        mu = tl.div_rn(tl.reshape(total, (BLOCK,)), T * 1.0)
+        tl.store(mean + j, mu, mask=j < m)
         low, high = mu - low, high - mu
     else:
         low = -low
     largest = tl.maximum(tl.where(low > 0, low, 0.0), tl.where(high > 0, high, 0.0))  # no NaN
-    tl.store(amax + tl.program_id(0), tl.max(largest, axis=0))
+    tl.store(amaxes + tl.program_id(0), tl.max(largest, axis=0))
 
 
 @triton.jit
-def _scale_table(amax, table, n, N: tl.constexpr):
+def _scale_table(amaxes, table, n, N: tl.constexpr):
     """From n partial amaxes a tensor's table, FP32 (130,): [0] tensor scale, [1] factor from a
     block's amax to its scale, [2 + byte] factor into [-6, 6] for each scale byte, NaN for NaN's.
     With it no block needs a division."""
     i = tl.arange(0, N)
-    largest = tl.max(tl.load(amax + i, mask=i < n, other=0.0), axis=0)
-    encode = tl.minimum(tl.div_rn(2688.0, largest), FP32_MAX)
-    encode = tl.where((largest == 0) | (encode == 0), 1.0, encode)
-    tl.store(table, tl.div_rn(largest, 2688.0))
-    tl.store(table + 1, encode * (1 / 6))
+    amax = tl.max(tl.load(amaxes + i, mask=i < n, other=0.0), axis=0)
+    s_enc = tl.minimum(tl.div_rn(2688.0, amax), FP32_MAX)
+    s_enc = tl.where((amax == 0) | (s_enc == 0), 1.0, s_enc)
+    tl.store(table, tl.div_rn(amax, 2688.0))
+    tl.store(table + 1, s_enc * (1 / 6))
     byte = tl.arange(0, 128)
-    inverse = tl.div_rn(1.0, _decode_scale(byte) * tl.div_rn(1.0, encode))
-    inverse = tl.where(byte == 0x7F, float("nan"), tl.minimum(inverse, FP32_MAX))
-    tl.store(table + 2 + byte, inverse)
+    factor = tl.div_rn(1.0, _decode_scale(byte) * tl.div_rn(1.0, s_enc))
+    factor = tl.where(byte == 0x7F, float("nan"), tl.minimum(factor, FP32_MAX))
+    tl.store(table + 2 + byte, factor)
 
 
 # ------------------------------------------------------------------------------------------------
-# Center and quantize. A program takes 16 tokens of its columns, and rounds them in blocks along the
-# row, a few tokens at a time, then, from cache, in blocks along tokens. Either time a thread holds
-# all 16 values of a block, so that threads exchange nothing. EVEN: no tile is cut off.
+# Center and quantize. A program takes 16 tokens of its columns, and rounds them in blocks along
+# features, a few tokens at a time, then, from cache, in blocks along tokens. Either time a thread
+# holds all 16 values of a block, so that threads exchange nothing. EVEN: no tile is cut off.
 
 
 @triton.jit
-def _pairs(x, at, inside, P: tl.constexpr, EVEN: tl.constexpr):
-    """P pairs of neighbours in a row of x, from pair `at` (M, N, 1) on: the even values and the
+def _pairs(x, pair, inside, P: tl.constexpr, EVEN: tl.constexpr):
+    """P pairs of neighbours in a row of x, from number `pair` (M, N, 1) on: the even values and the
     odd, (M, N, P), FP32. x points to floats, or, two BF16 at once, to int32."""
     if x.dtype.element_ty == tl.int32:
-        x += at + tl.arange(0, P)[None, None, :]
+        x += pair + tl.arange(0, P)[None, None, :]
         v = tl.load(x) if EVEN else tl.load(x, mask=inside, other=0)
         even, odd = _float(v << 16), _float(v & -0x10000)
     else:
-        x += at * 2 + tl.arange(0, 2 * P)[None, None, :]
+        x += pair * 2 + tl.arange(0, 2 * P)[None, None, :]
         v = tl.load(x) if EVEN else tl.load(x, mask=inside, other=0.0)
         even, odd = _even_odd(v.to(tl.float32))
     return even, odd
@@ -214,9 +236,9 @@ def _even_odd(y):  # (M, N, 2P) -> (M, N, P) twice
 
 
 @triton.jit
-def _residual(x, mean, at, inside, P: tl.constexpr, CENTER: tl.constexpr, EVEN: tl.constexpr):
+def _residual(x, mean, pair, inside, P: tl.constexpr, CENTER: tl.constexpr, EVEN: tl.constexpr):
     """`_pairs` of x less those of the mean; 0 outside."""
-    even, odd = _pairs(x, at, inside, P, EVEN)
+    even, odd = _pairs(x, pair, inside, P, EVEN)
     if CENTER:
         even, odd = even - mean[0], odd - mean[1]
         if not EVEN:
@@ -225,107 +247,270 @@ def _residual(x, mean, at, inside, P: tl.constexpr, CENTER: tl.constexpr, EVEN: 
 
 
 @triton.jit
-def _center_quantize(
-    x, mean, table, seeds, codes, scales, codes_col, scales_col, rows, cols,
-    CENTER: tl.constexpr, ROWWISE: tl.constexpr, COLUMNWISE: tl.constexpr,
-    STOCHASTIC: tl.constexpr, HEADROOM: tl.constexpr, FP4: tl.constexpr, EVEN: tl.constexpr,
-    K: tl.constexpr, STEP: tl.constexpr,
+def _round_rows(
+    x, mean, table, seed, codes, scales, token, feature, T, m,
+    CENTER: tl.constexpr, STOCHASTIC: tl.constexpr, FP4: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
-    i0, j0, cols2, cols16 = pid // tiles * 16, pid % tiles * K, cols // 2, cols // 16
-    tile = i0.to(tl.int64) * cols16 + j0 // 16
-    x += tile * (8 if x.dtype.element_ty == tl.int32 else 16)
-    mean += j0
+    """In blocks along features: codes (T, m/2), scales (T, m/16). x and mean point to the tile."""
     key, mean_a, mean_b = None, None, None
+    if STOCHASTIC:
+        key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
+    tile = token.to(tl.int64) * (m // 16) + feature // 16
+    codes, scales, index = codes + tile * 8, scales + tile, (tile * 8).to(tl.int32)
+    block = tl.arange(0, BLOCK // 16)[None, :, None]  # its first half is a, the second b
+    inside_m = feature + block * 16 < m
+    if CENTER:
+        mean_a = _pairs(mean, block * 8, inside_m, 4, EVEN)
+        mean_b = _pairs(mean, block * 8 + 4, inside_m, 4, EVEN)
+    for t in tl.static_range(0, 16, STEP):
+        i = (t + tl.arange(0, STEP))[:, None, None]
+        pair, inside = i * (m // 2) + block * 8, (token + i < T) & inside_m
+        a0, a1 = _residual(x, mean_a, pair, inside, 4, CENTER, EVEN)
+        b0, b1 = _residual(x, mean_b, pair + 4, inside, 4, CENTER, EVEN)
+        amaxes = tl.max(tl.maximum(_larger(a0, a1), _larger(b0, b1)), 2, keep_dims=True)
+        byte, factor, sign = _block_scales(amaxes, table)
+        offs = i * (m // 16) + block
+        first = index + offs * 8
+        a = _encode(a0 * factor, a1 * factor, sign, first, key, STOCHASTIC, FP4)
+        b = _encode(b0 * factor, b1 * factor, sign, first + 4, key, STOCHASTIC, FP4)
+        c = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (STEP, BLOCK // 16, 8))
+        tl.store(codes + (offs * 8 + tl.arange(0, 8)[None, None, :]), c, mask=inside)
+        tl.store(scales + offs, byte.to(tl.uint8), mask=inside)
 
+
+@triton.jit
+def _round_columns(
+    x, mean, table, seed, codes, scales, token, feature, T, m,
+    CENTER: tl.constexpr, STOCHASTIC: tl.constexpr, FP4: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """In blocks along tokens: codes (T/2, m), scales (T/16, m). x and mean point to the tile."""
+    key, mean_a = None, None
+    if STOCHASTIC:
+        key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
+    tile = (token // 2).to(tl.int64) * m + feature
+    codes, index = codes + tile, tile.to(tl.int32)
+    quad, lane = tl.arange(0, BLOCK // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+    inside_m = feature + quad * 4 < m
+    if CENTER:
+        mean_a = _pairs(mean, quad * 2, inside_m, 2, EVEN)
+    amaxes, r = tl.zeros((1, BLOCK // 4, 4), tl.int32), ()
+    for i in tl.static_range(16):
+        pair, inside = i * (m // 2) + quad * 2, (token + i < T) & inside_m
+        a0, a1 = _residual(x, mean_a, pair, inside, 2, CENTER, EVEN)
+        r += (tl.reshape(tl.join(a0, a1), (1, BLOCK // 4, 4)),)
+        if i % 2:
+            amaxes = tl.maximum(amaxes, _larger(r[i - 1], r[i]))
+    byte, factor, sign = _block_scales(amaxes, table)
+    for i in tl.static_range(8):
+        offs = i * m + quad * 4
+        a, b = r[2 * i] * factor, r[2 * i + 1] * factor
+        c = _encode(a, b, sign, index + offs, key, STOCHASTIC, FP4)
+        tl.store(codes + (offs + lane), c, mask=inside_m)
+    offs = token // 16 * m + (feature + quad * 4 + lane)
+    tl.store(scales + offs, byte.to(tl.uint8), mask=inside_m)
+
+
+@triton.jit
+def _center_quantize(
+    x, mean, table, seeds, codes, scales, codes_t, scales_t, T, m,
+    CENTER: tl.constexpr, ROWWISE: tl.constexpr, COLUMNWISE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, FP4: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    strips, pid = tl.cdiv(m, BLOCK), tl.program_id(0)
+    token, feature = pid // strips * 16, pid % strips * BLOCK
+    block = token.to(tl.int64) * (m // 16) + feature // 16
+    x += block * (8 if x.dtype.element_ty == tl.int32 else 16)
+    mean += feature
+    seed_t = None
+    if STOCHASTIC:
+        seed_t = seeds + 1
     if ROWWISE:
-        if STOCHASTIC:
-            key = _hash(tl.load(seeds).to(tl.uint32, bitcast=True))
-        codes, scales, first = codes + tile * 8, scales + tile, (tile * 8).to(tl.int32)
-        block = tl.arange(0, K // 16)[None, :, None]  # its first half is a, the second b
-        inside_j = j0 + block * 16 < cols
-        if CENTER:
-            mean_a = _pairs(mean, block * 8, inside_j, 4, EVEN)
-            mean_b = _pairs(mean, block * 8 + 4, inside_j, 4, EVEN)
-        for t in tl.static_range(0, 16, STEP):
-            i = (t + tl.arange(0, STEP))[:, None, None]
-            at, inside = i * cols2 + block * 8, (i0 + i < rows) & inside_j
-            a0, a1 = _residual(x, mean_a, at, inside, 4, CENTER, EVEN)
-            b0, b1 = _residual(x, mean_b, at + 4, inside, 4, CENTER, EVEN)
-            largest = tl.max(tl.maximum(_largest(a0, a1), _largest(b0, b1)), 2, keep_dims=True)
-            byte, inverse, sign = _block_scales(largest, table, HEADROOM)
-            to = i * cols16 + block
-            index = first + to * 8
-            a = _encode(a0 * inverse, a1 * inverse, sign, index, key, STOCHASTIC, FP4)
-            b = _encode(b0 * inverse, b1 * inverse, sign, index + 4, key, STOCHASTIC, FP4)
-            c = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (STEP, K // 16, 8))
-            tl.store(codes + (to * 8 + tl.arange(0, 8)[None, None, :]), c, mask=inside)
-            tl.store(scales + to, byte.to(tl.uint8), mask=inside)
-
+        _round_rows(
+            x, mean, table, seeds, codes, scales, token, feature, T, m,
+            CENTER, STOCHASTIC, FP4, EVEN, BLOCK, STEP,
+        )  # fmt: skip
     if COLUMNWISE:
-        if STOCHASTIC:
-            key = _hash(tl.load(seeds + 1).to(tl.uint32, bitcast=True))
-        tile = (i0 // 2).to(tl.int64) * cols + j0
-        codes_col, first = codes_col + tile, tile.to(tl.int32)
-        quad, lane = tl.arange(0, K // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
-        inside_j = j0 + quad * 4 < cols
-        if CENTER:
-            mean_a = _pairs(mean, quad * 2, inside_j, 2, EVEN)
-        largest, r = tl.zeros((1, K // 4, 4), tl.int32), ()
-        for i in tl.static_range(16):
-            at, inside = i * cols2 + quad * 2, (i0 + i < rows) & inside_j
-            a0, a1 = _residual(x, mean_a, at, inside, 2, CENTER, EVEN)
-            r += (tl.reshape(tl.join(a0, a1), (1, K // 4, 4)),)
-            if i % 2:
-                largest = tl.maximum(largest, _largest(r[i - 1], r[i]))
-        byte, inverse, sign = _block_scales(largest, table, HEADROOM)
-        for i in tl.static_range(8):
-            to = i * cols + quad * 4
-            a, b = r[2 * i] * inverse, r[2 * i + 1] * inverse
-            c = _encode(a, b, sign, first + to, key, STOCHASTIC, FP4)
-            tl.store(codes_col + (to + lane), c, mask=inside_j)
-        to = i0 // 16 * cols + (j0 + quad * 4 + lane)
-        tl.store(scales_col + to, byte.to(tl.uint8), mask=inside_j)
+        _round_columns(
+            x, mean, table, seed_t, codes_t, scales_t, token, feature, T, m,
+            CENTER, STOCHASTIC, FP4, EVEN, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
 def _quantize_weight(
-    w, table, codes, codes_col, scales, cols,
-    FP4: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr,
+    w, table, codes, codes_t, scales, m,
+    FP4: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """W (n, m) in 16 x 16 blocks, packed along rows for fprop and along columns for dgrad."""
-    tiles, pid = tl.cdiv(cols, K), tl.program_id(0)
-    i0, j0 = pid // tiles * 16, pid % tiles * K
-    quad, n = tl.arange(0, K // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
-    n2, inside = tl.arange(0, 2)[None, None, :], j0 + quad * 4 < cols
-    w += i0.to(tl.int64) * cols + j0
-    largest, r = tl.zeros((1, K // 4, 4), tl.int32), ()
+    """W (n, m) in 16 x 16 blocks, packed along m for fprop and along n for dgrad."""
+    strips, pid = tl.cdiv(m, BLOCK), tl.program_id(0)
+    row, column = pid // strips * 16, pid % strips * BLOCK
+    quad, lane = tl.arange(0, BLOCK // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
+    lane2, inside = tl.arange(0, 2)[None, None, :], column + quad * 4 < m
+    w += row.to(tl.int64) * m + column
+    amaxes, r = tl.zeros((1, BLOCK // 4, 4), tl.int32), ()
     for i in tl.static_range(16):
-        at = w + (i * cols + quad * 4 + n)
-        r += (tl.load(at) if EVEN else tl.load(at, mask=inside, other=0.0),)
+        w_row = w + (i * m + quad * 4 + lane)
+        r += (tl.load(w_row) if EVEN else tl.load(w_row, mask=inside, other=0.0),)
         if i % 2:
-            largest = tl.maximum(largest, _largest(r[i - 1], r[i]))
-    largest = tl.max(tl.reshape(largest, (K // 16, 16)), 1, keep_dims=True)
-    byte, inverse, sign = _block_scales(largest, table, False)
-    block = tl.arange(0, K // 16)[:, None]
-    to = i0 // 16 * (cols // 16) + (j0 // 16 + block)
-    tl.store(scales + to, byte.to(tl.uint8), mask=j0 + block * 16 < cols)
-    inverse = tl.reshape(tl.broadcast_to(inverse, (K // 16, 4)), (1, K // 4, 1))
-    sign = tl.reshape(tl.broadcast_to(sign, (K // 16, 4)), (1, K // 4, 1))
+            amaxes = tl.maximum(amaxes, _larger(r[i - 1], r[i]))
+    amaxes = tl.max(tl.reshape(amaxes, (BLOCK // 16, 16)), 1, keep_dims=True)
+    byte, factor, sign = _block_scales(amaxes, table)
+    block = tl.arange(0, BLOCK // 16)[:, None]
+    offs = row // 16 * (m // 16) + (column // 16 + block)
+    tl.store(scales + offs, byte.to(tl.uint8), mask=column + block * 16 < m)
+    factor = tl.reshape(tl.broadcast_to(factor, (BLOCK // 16, 4)), (1, BLOCK // 4, 1))
+    sign = tl.reshape(tl.broadcast_to(sign, (BLOCK // 16, 4)), (1, BLOCK // 4, 1))
     for i in tl.static_range(0, 16, 2):
-        a, b = r[i] * inverse, r[i + 1] * inverse
-        to = codes_col + (((i0 + i) // 2) * cols + (j0 + quad * 4 + n))
-        tl.store(to, _encode(a, b, sign, None, None, False, FP4), mask=inside)
-        to = codes + ((i0 + i) * (cols // 2) + (j0 // 2 + quad * 2 + n2))
+        a, b = r[i] * factor, r[i + 1] * factor
+        out = codes_t + (((row + i) // 2) * m + (column + quad * 4 + lane))
+        tl.store(out, _encode(a, b, sign, None, None, False, FP4), mask=inside)
+        out = codes + ((row + i) * (m // 2) + (column // 2 + quad * 2 + lane2))
         a0, a1 = _even_odd(a)
-        tl.store(to, _encode(a0, a1, sign, None, None, False, FP4), mask=inside)
+        tl.store(out, _encode(a0, a1, sign, None, None, False, FP4), mask=inside)
         b0, b1 = _even_odd(b)
-        tl.store(to + cols // 2, _encode(b0, b1, sign, None, None, False, FP4), mask=inside)
+        tl.store(out + m // 2, _encode(b0, b1, sign, None, None, False, FP4), mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------
-# The operators, registered so that torch.compile need not look inside, and on them fp4.py's three
-# functions.
+# GEMM: Y (M, N) = A (M, K) Bᵀ + left (M, 1) right (1, N), 2 M N K FLOPs. left right is the mean's
+# part: in fprop and dgrad a column of ones times a row, in wgrad the rank-one update. It is added
+# in registers.
+
+
+@triton.jit
+def _decode_scale(byte):
+    """E4M3 bytes 0 to 126, int32 -> FP32."""
+    subnormal = _float(byte | 0x4B000000) - 8388608.0  # 0x4B000000 is 2^23: (2^23 + byte) - 2^23
+    normal = _float((byte << 20) + (120 << 23))  # exponent bias 7 -> 127
+    return tl.where(byte < 8, subnormal * 0.001953125, normal)  # 2^-9
+
+
+@triton.jit
+def _decode(codes, scales, M: tl.constexpr, K2: tl.constexpr, DTYPE: tl.constexpr):
+    """Codes (M, K2), scale bytes (M, K2/8) -> values of the even and of the odd elements (M, K2).
+    E2M1's three bits, put across FP16's exponent and mantissa, are its value times 2^-14."""
+    s = scales.to(tl.int32)
+    s = tl.where(s == 0x7F, float("nan"), _decode_scale(s) * 16384.0)
+    s = tl.reshape(tl.broadcast_to(tl.expand_dims(s, 2), (M, K2 // 8, 8)), (M, K2))
+    c = codes.to(tl.uint16)
+    even = ((c & 7) << 9 | (c & 8) << 12).to(tl.float16, bitcast=True)
+    odd = ((c & 0x70) << 5 | (c & 0x80) << 8).to(tl.float16, bitcast=True)
+    return (even.to(tl.float32) * s).to(DTYPE), (odd.to(tl.float32) * s).to(DTYPE)
+
+
+@triton.jit
+def _load_nvfp4(
+    codes, scales, offs_m, k, K2, stride_m, stride_k, scale_stride_m, scale_stride_k,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Codes and scale bytes of rows offs_m and columns k to k + BLOCK_K, 0 beyond 2 K2. ROWS share
+    scales."""
+    k2, k16 = k // 2 + tl.arange(0, BLOCK_K // 2), k // 16 + tl.arange(0, BLOCK_K // 16)
+    row, block_row = offs_m.to(tl.int64)[:, None], (offs_m // ROWS).to(tl.int64)[:, None]
+    codes += row * stride_m + k2.to(tl.int64)[None, :] * stride_k
+    scales += block_row * scale_stride_m + k16.to(tl.int64)[None, :] * scale_stride_k
+    if EVEN:
+        return tl.load(codes), tl.load(scales)
+    inside, inside_s = (k2 < K2)[None, :], (k16 < K2 // 8)[None, :]
+    return tl.load(codes, mask=inside, other=0), tl.load(scales, mask=inside_s, other=0)
+
+
+@triton.jit
+def _bf16_bits(x):
+    """FP32 -> BF16 as uint16, ties to even; the interpreter's cast truncates."""
+    i = x.to(tl.uint32, bitcast=True)
+    i = tl.where(x == x, i + 0x7FFF + (i >> 16 & 1), 0x7FC00000)
+    return (i >> 16).to(tl.uint16)
+
+
+@triton.jit
+def _gemm(
+    a, a_scales, b, b_scales, a_scale, b_scale, left, right, out, M, N, K2,
+    stride_am, stride_ak, stride_asm, stride_ask, stride_bn, stride_bk, stride_bsn, stride_bsk,
+    stride_left, stride_right,
+    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, RANK_ONE: tl.constexpr, BF16: tl.constexpr,
+    NATIVE: tl.constexpr, DTYPE: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid, down, across = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP * across)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    pid_m, pid_n = group * GROUP + pid % height, pid % (GROUP * across) // height
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m, n = offs_m % M, offs_n % N  # wrapped: loads need no mask, and what is beyond is not stored
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, 2 * K2, BLOCK_K):
+        a_codes, a_bytes = _load_nvfp4(
+            a, a_scales, m, k, K2, stride_am, stride_ak, stride_asm, stride_ask,
+            A_ROWS, BLOCK_K, EVEN,
+        )  # fmt: skip
+        b_codes, b_bytes = _load_nvfp4(
+            b, b_scales, n, k, K2, stride_bn, stride_bk, stride_bsn, stride_bsk,
+            B_ROWS, BLOCK_K, EVEN,
+        )  # fmt: skip
+        if NATIVE:
+            a_bytes = a_bytes.to(tl.float8e4nv, bitcast=True)
+            b_bytes = b_bytes.to(tl.float8e4nv, bitcast=True)
+            acc = tl.dot_scaled(a_codes, a_bytes, "e2m1", tl.trans(b_codes), b_bytes, "e2m1", acc)
+        else:  # contracts the even columns, then the odd ones, so that nothing is interleaved
+            a_even, a_odd = _decode(a_codes, a_bytes, BLOCK_M, BLOCK_K // 2, DTYPE)
+            b_even, b_odd = _decode(b_codes, b_bytes, BLOCK_N, BLOCK_K // 2, DTYPE)
+            acc = tl.dot(a_even, tl.trans(b_even), acc)
+            acc = tl.dot(a_odd, tl.trans(b_odd), acc)
+    y = acc * (tl.load(a_scale) * tl.load(b_scale))
+    if RANK_ONE:
+        column, row = tl.load(left + m * stride_left), tl.load(right + n * stride_right)
+        y += column[:, None] * row[None, :]
+    out += offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    tl.store(out, _bf16_bits(y) if BF16 else y, mask=inside)
+
+
+@triton.jit
+def _decode_matrix(
+    codes, scales, out, M, K2,
+    stride_m, stride_k, scale_stride_m, scale_stride_k, out_stride_m, out_stride_k,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """For cuBLAS: 0.5625 bytes an element read, 2 written."""
+    offs_m, k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_K
+    c, s = _load_nvfp4(
+        codes, scales, offs_m % M, k, K2, stride_m, stride_k, scale_stride_m, scale_stride_k,
+        ROWS, BLOCK_K, False,
+    )  # fmt: skip
+    even, odd = _decode(c, s, BLOCK_M, BLOCK_K // 2, tl.float32)
+    y = tl.reshape(tl.join(_bf16_bits(even), _bf16_bits(odd)), (BLOCK_M, BLOCK_K))
+    offs_k = k + tl.arange(0, BLOCK_K)
+    row, column = offs_m.to(tl.int64)[:, None], offs_k.to(tl.int64)[None, :]
+    inside = (offs_m < M)[:, None] & (offs_k < 2 * K2)[None, :]
+    tl.store(out + row * out_stride_m + column * out_stride_k, y, mask=inside)
+
+
+# ------------------------------------------------------------------------------------------------
+# Launchers. Those that fp4.py calls are registered as operators, so that torch.compile need not
+# look inside.
+
+
+def _major_version():
+    return 0 if INTERPRET else triton.runtime.driver.active.get_current_target().arch // 10
+
+
+def has_fp4():
+    """Whether this machine's tensor cores, and its casts, know E2M1."""
+    return _major_version() in FP4_CORES
+
+
+def backend():
+    """What multiplies the codes on this machine, in words."""
+    if INTERPRET:
+        return "Triton's interpreter"
+    if has_fp4():
+        return "Triton, FP4 tensor cores"
+    return f"Triton, codes decoded to BF16{', cuBLAS' if _major_version() in CUBLAS else ''}"
 
 
 def _check(x, block):
@@ -334,89 +519,103 @@ def _check(x, block):
 
 
 def statistics(x, center):
-    """x (rows, cols) -> mean (cols,) or, not centered, (0,), and the residual's `_scale_table`."""
-    rows, cols = x.shape
-    block, parts, strip = STATISTICS
-    parts = min(parts, triton.next_power_of_2(_cdiv(rows, 16)))
-    partial = x.new_empty((parts, 3, cols), dtype=torch.float32)
-    mean = x.new_empty(cols if center else 0, dtype=torch.float32)
-    amax = x.new_empty(_cdiv(cols, strip), dtype=torch.float32)
+    """x (T, m) -> mean (m,) or, not centered, (0,), and the residual's `_scale_table`."""
+    T, m = x.shape
+    parts = min(PARTS, triton.next_power_of_2(triton.cdiv(T, 16)))
+    partial = x.new_empty((parts, 3, m), dtype=torch.float32)
+    mean = x.new_empty(m if center else 0, dtype=torch.float32)
+    amaxes = x.new_empty(triton.cdiv(m, STAT_COLUMNS), dtype=torch.float32)
     table = x.new_empty(130, dtype=torch.float32)
-    part_rows, halvings = _cdiv(rows, parts), parts.bit_length() - 1
-    _column_parts[_cdiv(cols, block), parts](x, partial, rows, cols, part_rows, block, num_warps=4)
-    _column_stats[(len(amax),)](
-        partial, mean, amax, rows, cols, center, parts, halvings, strip, num_warps=8
+    _column_parts[triton.cdiv(m, PART_COLUMNS), parts](
+        x, partial, T, m, part_tokens=triton.cdiv(T, parts), BLOCK=PART_COLUMNS, num_warps=4
     )
-    _scale_table[(1,)](amax, table, len(amax), triton.next_power_of_2(len(amax)), num_warps=4)
+    _column_stats[(len(amaxes),)](
+        partial, mean, amaxes, T, m,
+        CENTER=center, PARTS=parts, HALVINGS=parts.bit_length() - 1, BLOCK=STAT_COLUMNS,
+        num_warps=8,
+    )  # fmt: skip
+    _scale_table[(1,)](
+        amaxes, table, n=len(amaxes), N=triton.next_power_of_2(len(amaxes)), num_warps=4
+    )
     return mean, table
 
 
-def round_residual(x, mean, table, rowwise, columnwise, seeds, headroom):
+def round_residual(x, mean, table, rowwise, columnwise, seeds):
     """What `center_quantize_op` returns, given the statistics of x."""
-    (rows, cols), center = x.shape, len(mean) > 0
-    out = _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom)[1:-1]
-    K, step, warps = QUANTIZE
+    T, m = x.shape
+    center = len(mean) > 0
+    _, codes, scales, codes_t, scales_t, _ = _like_center_quantize(
+        x, center, rowwise, columnwise, seeds
+    )
     if x.dtype == torch.bfloat16:  # two at once, at addresses that are multiples of 4
         x = (x if x.data_ptr() % 4 == 0 else x.clone()).view(-1).view(torch.int32)
-    _center_quantize[(_cdiv(rows, 16) * _cdiv(cols, K),)](
-        x, mean, table, seeds, *out, rows, cols, center, rowwise, columnwise, seeds is not None,
-        headroom, has_fp4(), rows % 16 == 0 and cols % K == 0, K, step, num_warps=warps,
-        maxnreg=128,  # so that an SM holds 16 warps
+    _center_quantize[(triton.cdiv(T, 16) * triton.cdiv(m, ROUND_COLUMNS),)](
+        x, mean, table, seeds, codes, scales, codes_t, scales_t, T, m,
+        CENTER=center, ROWWISE=rowwise, COLUMNWISE=columnwise,
+        STOCHASTIC=seeds is not None, FP4=has_fp4(),
+        EVEN=T % 16 == 0 and m % ROUND_COLUMNS == 0,
+        BLOCK=ROUND_COLUMNS, STEP=ROUND_TOKENS,
+        num_warps=ROUND_WARPS, maxnreg=128,  # so that an SM holds 16 warps
     )  # fmt: skip
-    return mean, *out, table[0].clone()
+    return mean, codes, scales, codes_t, scales_t, table[0].clone()
 
 
 @torch.library.custom_op("nanofp4::center_quantize", mutates_args=())
 def center_quantize_op(
-    x: Tensor, center: bool, rowwise: bool, columnwise: bool, seeds: Tensor | None, headroom: bool
+    x: Tensor, center: bool, rowwise: bool, columnwise: bool, seeds: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`center_quantize` in tensors: mean (m,); codes (T, m/2) and scales (T, m/16); columnwise,
-    with T padded to 16, codes (T/2, m) and scales (T/16, m); tensor scale (). What is not wanted
-    has no elements."""
+    """x (T, m) -> mean (m,); codes (T, m/2) and scales (T, m/16); columnwise, with T padded to 16,
+    codes (T/2, m) and scales (T/16, m); tensor scale (). What is not wanted has no elements.
+    ValueError for a shape that does not fit."""
     _check(x, (1, 16))
     x = x.contiguous()
     with torch.cuda.device_of(x):  # where Triton launches
         mean, table = statistics(x, center)
-        return round_residual(x, mean, table, rowwise, columnwise, seeds, headroom)
+        return round_residual(x, mean, table, rowwise, columnwise, seeds)
 
 
 @center_quantize_op.register_fake
-def _like_center_quantize(x, center, rowwise, columnwise, seeds, headroom):
-    (rows, cols), byte, fp32 = x.shape, torch.uint8, torch.float32
-    row, column = rows if rowwise else 0, _cdiv(rows, 16) if columnwise else 0
+def _like_center_quantize(x, center, rowwise, columnwise, seeds):
+    T, m = x.shape
+    rows = T if rowwise else 0
+    blocks = triton.cdiv(T, 16) if columnwise else 0
     return (
-        x.new_empty(cols if center else 0, dtype=fp32),
-        x.new_empty((row, cols // 2), dtype=byte),
-        x.new_empty((row, cols // 16), dtype=byte),
-        x.new_empty((column * 8, cols), dtype=byte),
-        x.new_empty((column, cols), dtype=byte),
-        x.new_empty((), dtype=fp32),
+        x.new_empty(m if center else 0, dtype=torch.float32),
+        x.new_empty((rows, m // 2), dtype=torch.uint8),
+        x.new_empty((rows, m // 16), dtype=torch.uint8),
+        x.new_empty((blocks * 8, m), dtype=torch.uint8),
+        x.new_empty((blocks, m), dtype=torch.uint8),
+        x.new_empty((), dtype=torch.float32),
     )
 
 
-def center_quantize(x, center, rowwise=True, columnwise=True, seeds=None, headroom=False):
-    """`fp4.center_quantize`. ValueError for a shape that does not fit."""
-    mean, codes, scales, codes_col, scales_col, scale = center_quantize_op(
-        x, center, rowwise, columnwise, seeds, headroom and seeds is not None
+def center_quantize(x, center, rowwise, columnwise, seeds):
+    """`fp4.center_quantize`: mean (1, m) or None, and codes, scales and tensor scale of r and of
+    r_t, each packed along its last axis."""
+    mean, codes, scales, codes_t, scales_t, tensor_scale = center_quantize_op(
+        x, center, rowwise, columnwise, seeds
     )
-    row = NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, (1, 16), len(x))
-    column = NVFP4(codes_col, scales_col.view(torch.float8_e4m3fn), scale, (16, 1), len(x))
-    return mean[None] if center else None, row if rowwise else None, column if columnwise else None
+    mean = mean[None] if center else None
+    scales, scales_t = scales.view(torch.float8_e4m3fn), scales_t.view(torch.float8_e4m3fn)
+    return mean, (codes, scales, tensor_scale), (codes_t.t(), scales_t.t(), tensor_scale)
 
 
 @torch.library.custom_op("nanofp4::quantize_weight", mutates_args=())
 def quantize_weight_op(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_weight` in tensors: codes (n, m/2), the same codes packed along rows (n/2, m),
-    scales (n/16, m/16), tensor scale ()."""
+    """w (n, m) -> codes (n, m/2), the same codes packed along n (n/2, m), scales (n/16, m/16),
+    tensor scale (). ValueError for a shape that is no multiple of 16."""
     _check(w, (16, 16))
-    codes, codes_col, scales, _ = _like_quantize_weight(w)
-    w, (n, m), (K, _, warps) = w.contiguous(), w.shape, QUANTIZE
+    codes, codes_t, scales, _ = _like_quantize_weight(w)
+    w = w.contiguous()
+    n, m = w.shape
     with torch.cuda.device_of(w):
         _, table = statistics(w, False)
-        _quantize_weight[(n // 16 * _cdiv(m, K),)](
-            w, table, codes, codes_col, scales, m, has_fp4(), m % K == 0, K, num_warps=warps
-        )
-    return codes, codes_col, scales, table[0].clone()
+        _quantize_weight[(n // 16 * triton.cdiv(m, ROUND_COLUMNS),)](
+            w, table, codes, codes_t, scales, m,
+            FP4=has_fp4(), EVEN=m % ROUND_COLUMNS == 0, BLOCK=ROUND_COLUMNS,
+            num_warps=ROUND_WARPS,
+        )  # fmt: skip
+    return codes, codes_t, scales, table[0].clone()
 
 
 @quantize_weight_op.register_fake
@@ -431,7 +630,92 @@ def _like_quantize_weight(w):
 
 
 def quantize_weight(w):
-    """`fp4.quantize_weight`, with its codes packed along either axis. ValueError for a shape that
-    is no multiple of 16."""
-    codes, codes_col, scales, scale = quantize_weight_op(w)
-    return NVFP4(codes, scales.view(torch.float8_e4m3fn), scale, (16, 16), len(w), codes_col)
+    """`fp4.quantize_weight`: codes, scales and tensor scale of W~ and of W~ᵀ, each packed along its
+    last axis."""
+    codes, codes_t, scales, tensor_scale = quantize_weight_op(w)
+    scales = scales.view(torch.float8_e4m3fn)
+    return (codes, scales, tensor_scale), (codes_t.t(), scales.t(), tensor_scale)
+
+
+def gemm_fused(a, a_scales, b, b_scales, a_scale, b_scale, left, right, dtype):
+    """`gemm_op` in one kernel."""
+    (M, K2), N = a.shape, len(b)
+    tile = GEMM_TILES.get(_major_version(), GEMM_TILES[8])
+    if 2 * K2 % tile[2]:
+        tile = GEMM_TILES[8]  # smaller, for loads with masks
+    BLOCK_M, BLOCK_N, BLOCK_K, warps, stages = tile
+    out = a.new_empty((M, N), dtype=dtype)
+    bf16, rank_one = dtype == torch.bfloat16, right is not None
+    _gemm[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+        a, a_scales, b, b_scales, a_scale, b_scale, left, right,
+        out.view(torch.uint16) if bf16 else out, M, N, K2,
+        *a.stride(), *a_scales.stride(), *b.stride(), *b_scales.stride(),
+        stride_left=left.stride(0) if rank_one else 0,
+        stride_right=right.stride(0) if rank_one else 0,
+        A_ROWS=M // len(a_scales), B_ROWS=N // len(b_scales), RANK_ONE=rank_one, BF16=bf16,
+        NATIVE=has_fp4(), DTYPE=tl.float32 if INTERPRET else tl.bfloat16,
+        EVEN=2 * K2 % BLOCK_K == 0,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def decode(codes, scales):
+    """Codes (M, K/2), scales (M, K/16) or (M/16, K/16), of any strides -> their values without the
+    tensor scale, BF16 (M, K), exactly, in the same order in memory."""
+    M, K2 = codes.shape
+    out = codes.new_empty((M, 2 * K2), dtype=torch.bfloat16)
+    if codes.stride(0) == 1:
+        out = out.view(-1, M).t()
+    _decode_matrix[triton.cdiv(M, 64), triton.cdiv(K2, 32)](
+        codes, scales, out.view(torch.uint16), M, K2,
+        *codes.stride(), *scales.stride(), *out.stride(),
+        ROWS=M // len(scales), BLOCK_M=64, BLOCK_K=64, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def gemm_cublas(a, a_scales, b, b_scales, a_scale, b_scale, left, right, dtype):
+    """`gemm_op` by cuBLAS, on operands decoded to BF16: 4 bytes an element of each more, and up to
+    18 of the result."""
+    y = torch.mm(decode(a, a_scales), decode(b, b_scales).t(), out_dtype=torch.float32)
+    scale, out = a_scale * b_scale, y if dtype == y.dtype else torch.empty_like(y, dtype=dtype)
+    if right is None:
+        return torch.mul(y, scale, out=out)
+    return torch.addcmul(y.mul_(scale), left[:, None], right, out=out)
+
+
+@torch.library.custom_op("nanofp4::gemm", mutates_args=())
+def gemm_op(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, a_scale: Tensor, b_scale: Tensor,
+    left: Tensor | None, right: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """a bᵀ plus left times right, (M, N), in dtype (BF16 or FP32), accumulated in FP32.
+
+    a, b              codes (M, K/2), (N, K/2); scales, uint8 (., K/16) or (./16, K/16)
+    a_scale, b_scale  tensor scales (), FP32
+    left, right       FP32 (M,) and (N,), of any strides, or None
+    On Blackwell the packed codes are multiplied. Elsewhere they are decoded to BF16, exactly: in
+    a pass of its own before cuBLAS, or inside the kernel."""
+    with torch.cuda.device_of(a):
+        variant = gemm_cublas if _major_version() in CUBLAS else gemm_fused
+        return variant(a, a_scales, b, b_scales, a_scale, b_scale, left, right, dtype)
+
+
+@gemm_op.register_fake
+def _like_gemm(a, a_scales, b, b_scales, a_scale, b_scale, left, right, dtype):
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)  # len() would fix the size
+
+
+def gemm(a, a_scales, a_scale, b, b_scales, b_scale, left, right, dtype):
+    """`fp4.gemm` of codes, scales and tensor scales. ValueError if the operands are not both packed
+    along the contraction."""
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"packed along other axes: {tuple(a.shape)}, {tuple(b.shape)} bytes")
+    if right is not None:
+        left = right.new_ones(1, 1).expand(len(a), 1) if left is None else left
+        left, right = left[:, 0], right[0]
+    high = dtype if dtype == torch.bfloat16 else torch.float32
+    a_scales, b_scales = a_scales.view(torch.uint8), b_scales.view(torch.uint8)
+    return gemm_op(a, a_scales, b, b_scales, a_scale, b_scale, left, right, high).to(dtype)

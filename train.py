@@ -1,10 +1,10 @@
 """Pretrain a GPT in NVFP4, BF16, or any other recipe, on one CPU, one GPU or several.
 
-    python train.py --precision fp4_mean              on a CPU the nano preset, about 5 minutes
+    python train.py --precision fp4_mean              on a CPU the preset nano, about 5 minutes
     python train.py --preset 124m --dataset fineweb
-    python train.py --init hf/smollm2 --dataset shakespeare-smollm2 --learning-rate 1e-4
+    python train.py --preset smollm2 --precision fp4_mean
     python train.py --resume --out-dir out/nano-fp4_mean
-    torchrun --nproc-per-node 8 train.py --preset 124m --dataset fineweb
+    torchrun --nproc-per-node 8 train.py --preset 124m --dataset fineweb --grad-accum 4
     torchrun --nproc-per-node 8 train.py --preset qwen3-4b --dataset fineweb
 
 A run is a folder: config.json, metrics.jsonl, checkpoint.pt, loss.png. Whatever is random at a step
@@ -13,39 +13,167 @@ from the same weights and see the same batches, evaluation disturbs nothing, and
 repeats, bit for bit, the run that was not interrupted.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import functools
+import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
 from pathlib import Path
 
+import filelock
+import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import fp4
-from checkpoint import CHECKPOINT_FORMAT, initial_weights, resume_run, save, write_text
-from cli import UserError, script
 from data.shards import load, prepare_if_missing
-from data.vocab import get_encoding
-from experiments.recipes import AddedMean
-from memory import gather, recompute, shard
-from model import GPT
-from run import World, generator_for, parse, seed_for
+from data.tokenizer import encoding_of
+from model import CHECKPOINT_FORMAT, GPT, ModelConfig, load_checkpoint
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense BF16
+
+@dataclasses.dataclass
+class Config(ModelConfig):
+    """A run. The comments, here and in ModelConfig, are the help of the command line."""
+
+    dataset: str = "shakespeare"  # a folder under data/, or a path to one
+    out_dir: str = ""  # the run's folder; by default out/PRESET-PRECISION
+    init: str = ""  # start from the weights of another run, or of an imported model
+    max_steps: int = 320  # optimizer steps
+    batch_size: int = 16  # sequences a step, over all processes and micro-steps
+    grad_accum: int = 1  # micro-steps a step, for batches that do not fit in memory
+    learning_rate: float = 2e-3  # peak learning rate of AdamW
+    min_lr: float = 0.1  # final learning rate, as a share of the peak
+    warmup_steps: int = 32  # steps of linear warm-up; a cosine follows
+    weight_decay: float = 0.1  # of the matrices; vectors have none
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # largest gradient norm; inf: no clipping
+    eval_interval: int = 80  # steps between evaluations, each followed by a checkpoint
+    eval_windows: int = 128  # validation sequences, evenly spaced, always the same
+    log_interval: int = 10  # steps between progress lines
+    keep: bool = False  # keep the checkpoint of every evaluation, as step-N.pt
+    seed: int = 1337  # of weights, batches and rounding noise
+    device: str = ""  # cpu, cuda or cuda:N; by default a GPU if there is one
+    compile: bool = False  # torch.compile the whole model
+    shard: bool = False  # split parameters, gradients and AdamW's moments over processes (FSDP2)
+    recompute: bool = False  # keep only the blocks' inputs, and run blocks again in backward
+
+
+PRESETS = {  # what differs from the defaults
+    "nano": {},
+    "micro": {"n_head": 2, "n_kv_head": 1, "dim": 128, "ffn_dim": 384, "max_steps": 400,
+              "learning_rate": 3e-3, "warmup_steps": 30, "eval_interval": 100},
+    "small": {"n_layer": 8, "n_head": 8, "n_kv_head": 4, "dim": 512, "ffn_dim": 1536,
+              "block_size": 256, "batch_size": 64, "max_steps": 1000, "learning_rate": 1e-3,
+              "warmup_steps": 100, "eval_interval": 200},
+    "124m": {"n_layer": 12, "n_head": 12, "n_kv_head": 6, "dim": 768, "ffn_dim": 2304,
+             "block_size": 1024, "batch_size": 480, "grad_accum": 30, "max_steps": 20000,
+             "learning_rate": 6e-4, "warmup_steps": 700, "eval_interval": 500,
+             "eval_windows": 480},
+    "qwen3-0.6b": {"n_layer": 28, "n_head": 16, "n_kv_head": 8, "head_dim": 128, "dim": 1024,
+                   "ffn_dim": 3072, "block_size": 4096, "rope_theta": 1e6, "batch_size": 256,
+                   "grad_accum": 64, "max_steps": 100000, "learning_rate": 3e-4,
+                   "warmup_steps": 2000, "eval_interval": 1000, "eval_windows": 256},
+    "qwen3-4b": {"n_layer": 36, "n_head": 32, "n_kv_head": 8, "head_dim": 128, "dim": 2560,
+                 "ffn_dim": 9728, "block_size": 4096, "rope_theta": 1e6, "batch_size": 256,
+                 "grad_accum": 32, "max_steps": 100000, "learning_rate": 3e-4,
+                 "warmup_steps": 2000, "eval_interval": 1000, "eval_windows": 256,
+                 "shard": True, "recompute": True},
+    "smollm2": {"init": "out/smollm2", "dataset": "shakespeare-smollm2", "block_size": 512,
+                "batch_size": 2, "max_steps": 60, "learning_rate": 1e-4, "warmup_steps": 5,
+                "eval_interval": 12, "eval_windows": 8},
+}  # fmt: skip
+FREE_WITH_INIT = {"precision", "bf16_blocks", "block_size"}  # the rest of a model's shape is given
+FREE_ON_RESUME = {
+    "out_dir", "init", "dataset", "device", "compile", "shard", "recompute",
+    "max_steps", "eval_interval", "log_interval", "keep",
+}  # fmt: skip
+PURPOSES = "init", "data", "noise", "sample", "evaluation"  # their order is part of every seed
+
+
+def parse(argv):
+    """(Config, whether to resume) of a command line. Flags go over the preset, or with --resume
+    over the run's own config, and that over the defaults. With --init the model's shape is that of
+    the other run."""
+    source = inspect.getsource(ModelConfig) + inspect.getsource(Config)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--FLAG VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = ", ".join(PRESETS)
+    parser.add_argument("--preset", help=f"{names}, or a config.json (nano; on a GPU small)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
+    for field in dataclasses.fields(Config):
+        kind = {"type": field.type}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            help=f"{comments[field.name]} ({field.default})",
+            **kind,
+        )
+    flags = vars(parser.parse_args(argv))
+    preset, resume = flags.pop("preset"), flags.pop("resume")
+    if resume:
+        if preset or not flags.get("out_dir"):
+            parser.error("--resume takes the run's --out-dir, and no --preset")
+        preset = f"{flags['out_dir']}/config.json"
+    elif not preset and "init" not in flags:
+        gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
+        preset = "small" if gpu else "nano"
+    if preset in (None, *PRESETS):
+        values = PRESETS.get(preset, {}) | flags
+    elif preset.endswith(".json") and Path(preset).exists():
+        values = json.loads(Path(preset).read_text()) | flags
+    else:
+        parser.error(f"no preset {preset!r}: there are {names}, and config.json files of runs")
+    if values.get("init") and not resume:
+        path = Path(values["init"]) / "config.json"
+        if not path.exists():
+            parser.error(f"no run in {path.parent}. HINT: python -m tools.hf smollm2 {path.parent}")
+        given = {field.name for field in dataclasses.fields(ModelConfig)} - FREE_WITH_INIT
+        if clash := given & flags.keys():
+            parser.error(f"{path.parent} has a {', '.join(clash)} of its own")
+        shape = json.loads(path.read_text())
+        values |= {name: shape[name] for name in given}
+    config = Config(**values)
+    name = Path(preset or config.init).stem
+    config.out_dir = config.out_dir or f"out/{name}-{config.precision}"
+    return config, resume
 
 
 # ------------------------------------------------------------------------------------------------
 # The parts of a step.
 
 
+def seed_for(config, purpose, step=0, rank=0):
+    """A 63-bit seed for one purpose, step and rank, independent of all others."""
+    key = (config.seed, PURPOSES.index(purpose), step, rank)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator_for(*key):
+    return torch.Generator().manual_seed(seed_for(*key))
+
+
 def batch(tokens, starts, config, device):
-    """Inputs and targets (B, T), int64."""
+    """Inputs and targets (B, T), int64, of the windows with these numbers."""
     window = tokens.batch(starts, config.block_size + 1).to(device)
     return window[:, :-1], window[:, 1:]
 
@@ -70,18 +198,25 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
 
 
+def mean_over_ranks(value):
+    """A scalar tensor, averaged over the processes, as a float."""
+    value = value.detach().double()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value.item()
+
+
 @torch.no_grad()
-def evaluate(model, tokens, config, world):
-    """Mean loss in nats over fixed windows, in batches of the training size, with rounding noise of
-    its own."""
-    torch.manual_seed(seed_for(config, "evaluation", 0, world.rank))
-    starts = tokens.spaced(config.eval_windows, config.block_size + 1)
-    total = torch.zeros((), device=world.device)
-    for chunk in starts.split(max(config.batch_size // config.grad_accum, world.size)):
-        mine = world.share(chunk)
-        rows = mine if len(mine) else chunk[:1]  # a sharded model runs in all processes or in none
-        total += model(*batch(tokens, rows, config, world.device)) * len(mine)
-    return world.mean(total) * world.size / len(starts)
+def evaluate(model, tokens, config, device, rank, world_size):
+    """Mean loss in nats over fixed windows, in batches of the training's size, with rounding noise
+    of its own."""
+    torch.manual_seed(seed_for(config, "evaluation", 0, rank))
+    starts = tokens.spaced(config.eval_windows, config.block_size + 1).view(world_size, -1)[rank]
+    total = torch.zeros((), device=device)
+    for rows in starts.split(config.batch_size // config.grad_accum // world_size):
+        total += model(*batch(tokens, rows, config, device)) * len(rows)
+    return mean_over_ranks(total / len(starts))
 
 
 @torch.no_grad()
@@ -90,8 +225,7 @@ def mean_share(model, ids):
     shares = []
 
     def look(layer, inputs):
-        x, recipe = inputs[0].flatten(0, -2), layer.recipe
-        shares.append(fp4.mean_share(x + recipe.mean(x) if isinstance(recipe, AddedMean) else x))
+        shares.append(fp4.mean_share(inputs[0]))
 
     layers = [m for m in model.modules() if isinstance(m, fp4.FP4Linear)]
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
@@ -105,11 +239,66 @@ def mean_share(model, ids):
 # The folder of a run.
 
 
-def plot(metrics, path, title):
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's need not be installed here
-    from matplotlib.figure import Figure
+def write(path, content):
+    """Write a file whole or not at all: text, or a state for torch.save."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # a full disk is either
+        part.unlink(missing_ok=True)
+        raise SystemExit(f"error: cannot write {path}: {error}; what was there stays") from None
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+
+def save(path, model, optimizer, config, step, origin):
+    """A checkpoint has whole tensors, however many processes made it, so any number of them can go
+    on. All processes must call this; the first one writes. origin: tokenizer and data."""
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = {"format": CHECKPOINT_FORMAT, "step": step, "config": dataclasses.asdict(config)}
+    state |= origin
+    state["model"] = dcp.get_model_state_dict(model, options=options)
+    state["optimizer"] = None
+    if optimizer.state:  # before the first step dcp would make a step of its own to fill it
+        state["optimizer"] = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    if int(os.environ.get("RANK", 0)) == 0:
+        write(path, state)
+
+
+def restore(path, model, optimizer, config, origin):
+    """Load a checkpoint of this run into model and optimizer; returns its step."""
+    state = load_checkpoint(path)
+    then, now = state["config"], dataclasses.asdict(config)
+    changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != then.get(k)]
+    if changed:
+        pairs = ", ".join(f"{k} {then.get(k)} is not {now[k]}" for k in changed)
+        raise SystemExit(f"error: the checkpoint has another config: {pairs}. HINT: --out-dir")
+    for what in ("tokenizer_hash", "data"):  # the folder of the dataset may have moved
+        if state[what] != origin[what]:
+            raise SystemExit(f"error: {what} of {config.dataset} is not that of the checkpoint")
+    options = dcp.StateDictOptions(full_state_dict=True)
+    dcp.set_model_state_dict(model, state["model"], options=options)
+    if state["optimizer"]:
+        dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    return state["step"]
+
+
+def read_metrics(path, before):
+    """The records of metrics.jsonl before a step, but for a line that a kill has torn."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [r for r in records if r["step"] < before]
+
+
+def plot(metrics, path, title):
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
         points = [(m["step"], m[key]) for m in metrics if key in m]
@@ -119,131 +308,154 @@ def plot(metrics, path, title):
     figure.savefig(path, dpi=120)
 
 
-def bits_per_byte(loss, tokens):
-    """Comparable across tokenizers, unlike the loss per token; loss in nats."""
-    return f"{loss / math.log(2) / tokens.bytes_per_token:.4f}" if tokens.bytes_per_token else "n/a"
-
-
-def sample(model, config, tokenizer, world):
-    encoding = get_encoding(tokenizer)
-    prompt = torch.tensor([[encoding.eot_token]], device=model.head.weight.device)
-    ids = model.generate(prompt, 100, 0.8, 50, generator_for(config, "sample"))[0, 1:].tolist()
-    text = encoding.decode([t for t in ids if t < encoding.n_vocab])
-    world.print(f"\n--- sample ---\n{text}\n---")
-
-
-def attempt(what, world, f, *args):
-    """What follows the training must not undo it."""
-    try:
-        return f(*args)
-    except Exception as error:
-        world.print(f"no {what}: {type(error).__name__}: {error}")
-
-
 # ------------------------------------------------------------------------------------------------
 # A run, from the first line to the last.
 
 
-def train(config, resume, world):
-    device, out = world.device, Path(config.out_dir)
-    world.check(config)
+def main(argv=None):
+    config, resume = parse(argv)
+    out = Path(config.out_dir)
+
+    # processes, which torchrun names in the environment, and this one's device
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit(f"error: --device {device}: PyTorch sees no CUDA GPU here")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    micro_batch = config.batch_size // config.grad_accum // world_size  # sequences of a process
+    if micro_batch * config.grad_accum * world_size != config.batch_size:
+        raise SystemExit(
+            f"error: batch_size {config.batch_size} does not split into {world_size} processes "
+            f"times grad_accum {config.grad_accum}. HINT: --batch-size"
+        )
+    if config.eval_windows % world_size:
+        raise SystemExit(f"error: eval_windows does not split into {world_size} processes")
+    if config.shard and world_size == 1:
+        raise SystemExit("error: --shard is for several processes. HINT: torchrun, or --no-shard")
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)
+
+    # the folder, which one process at a time may use
+    lock = filelock.FileLock(out / ".lock", timeout=0)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise SystemExit(f"error: another process is training in {out}") from None
+        if not resume and (out / "checkpoint.pt").exists():
+            raise SystemExit(f"error: {out} holds another run. HINT: --resume, or --out-dir")
 
     # data
-    world.first(prepare_if_missing, config.dataset)
-    train_tokens, val_tokens = load(config.dataset, "train"), load(config.dataset, "val")
+    if rank == 0:
+        prepare_if_missing(config.dataset)
+    if world_size > 1:
+        dist.barrier()
+    train_tokens = load(config.dataset, "train")
+    val_tokens = load(config.dataset, "val")
+    encoding = encoding_of(
+        train_tokens.directory, train_tokens.tokenizer, train_tokens.tokenizer_hash
+    )
+    origin = {
+        "tokenizer": train_tokens.tokenizer,
+        "tokenizer_hash": train_tokens.tokenizer_hash,
+        "data": train_tokens.fingerprint,
+    }
     config.vocab_size = config.vocab_size or -(-train_tokens.vocab_size // 64) * 64
     if config.vocab_size < train_tokens.vocab_size:
-        raise UserError(
-            f"vocab_size {config.vocab_size} is less than {train_tokens.vocab_size}, that "
-            f"of {config.dataset}"
+        raise SystemExit(
+            f"error: vocab_size {config.vocab_size} is less than the {train_tokens.vocab_size} of "
+            f"{config.dataset}"
         )
     windows = train_tokens.windows(config.block_size + 1)
-    micro_batch = config.batch_size // config.grad_accum // world.size  # sequences of a process
-    rows = val_tokens.spaced(micro_batch, config.block_size + 1)
-    share_ids, _ = batch(val_tokens, rows, config, device)  # to measure the mean's share by
 
-    # model, optimizer, and the folder
-    model = GPT(config, generator_for(config, "init"))
+    # model and optimizer
+    try:
+        model = GPT(config, generator_for(config, "init"))
+    except ValueError as error:  # an unknown recipe, or a width
+        raise SystemExit(f"error: {error}") from None
     if config.init and not resume:
-        model.load_state_dict(initial_weights(config, train_tokens))
+        other = GPT.load(config.init)
+        if other.run["tokenizer_hash"] != origin["tokenizer_hash"]:
+            raise SystemExit(
+                f"error: {config.dataset} has tokens of {origin['tokenizer']}, {config.init} reads "
+                f"those of {other.run['tokenizer']}. HINT: the dataset's prepare --tokenizer"
+            )
+        model.load_state_dict(other.state_dict())
+    parameters = sum(p.numel() for p in model.parameters())
     if config.shard:
-        shard(model, world)
+        for module in (*model.blocks, model):  # the model's own are what the blocks have left
+            fully_shard(module)
     else:
         model = model.to(device)
-    if config.recompute:
-        recompute(model)
+    if config.recompute:  # inside the hooks that gather a sharded block's weights
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     optimizer = make_optimizer(model, config)
-    world.first(world.lock, out)  # before anything in it is read
-    if not resume and (out / "checkpoint.pt").exists():
-        raise UserError(
-            f"{out} holds another run. HINT: --resume goes on with it, --out-dir names "
-            "another folder"
-        )
     step, metrics = 0, []
     if resume:
-        step, metrics = resume_run(out, config, model, optimizer, world)
-    world.wait()  # all have read
-    if world.rank == 0:
-        write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        write_text(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
+        step = restore(out / "checkpoint.pt", model, optimizer, config, origin)
+        metrics = read_metrics(out / "metrics.jsonl", step)
+    if rank == 0:
+        write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        write(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
+        if (train_tokens.directory / "tokenizer").exists():  # not one of ours
+            shutil.copytree(
+                train_tokens.directory / "tokenizer", out / "tokenizer", dirs_exist_ok=True
+            )
 
-    # what runs, and how fast it could
-    parameters = sum(p.numel() for p in model.parameters())
+    # what runs
     tokens_per_step = config.batch_size * config.block_size
-    flops_per_step = model.flops_per_token() * tokens_per_step
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in name), 0) * world.size
-    world.print(
-        f"{config.precision} on {world.size} x {name}: {parameters / 1e6:.2f} M parameters, "
+    say(
+        f"{config.precision} on {world_size} x {name}: {parameters / 1e6:.2f} M parameters, "
         f"{config.dataset} {len(train_tokens):,} tokens, {tokens_per_step:,} a step"
     )
     if config.precision.startswith("fp4"):
-        world.print(fp4.backend(device))
+        say(fp4.use_fast_path(device))
     forward = torch.compile(model) if config.compile else model
-    if world.size > 1 and not config.shard:
-        ids = [device] if device.type == "cuda" else None
-        forward = DistributedDataParallel(forward, device_ids=ids)
+    use_ddp = world_size > 1 and not config.shard
+    if use_ddp:
+        forward = DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
+    rows = val_tokens.spaced(micro_batch, config.block_size + 1)
+    share_ids, _ = batch(val_tokens, rows, config, device)  # to measure the mean's share by
 
     def log(**record):
         metrics.append(record)
-        if world.rank == 0:
+        if rank == 0:
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def checkpoint(due):
-        state = {"format": CHECKPOINT_FORMAT, "step": step, "config": dataclasses.asdict(config)}
-        state["model"] = gather(model.state_dict(keep_vars=True))  # a tied weight is one object
-        state["optimizer"] = gather(optimizer.state_dict())
-        world.first(save, out / "checkpoint.pt", state)
-        if config.keep and due:
-            world.first(shutil.copy, out / "checkpoint.pt", out / f"step-{step}.pt")
-
-    def diverged(what):
-        path = out / "checkpoint.pt"
-        saved = f"{path} is the last good state" if path.exists() else "nothing is saved"
-        return UserError(
-            f"step {step}: {what}; {saved}. HINT: a lower --learning-rate or more --warmup-steps"
-        )
-
+    good_state = f"The last good state is in {out}. HINT: a lower --learning-rate"
     interrupted = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.append(True))
-    began, times = time.monotonic(), []
+    began, seconds = time.monotonic(), []
     while True:
         # evaluate, then save: what evaluates to nan must not replace a good checkpoint
-        stop = world.mean(torch.tensor(float(bool(interrupted)), device=device)) > 0
+        stop = mean_over_ranks(torch.tensor(float(bool(interrupted)), device=device)) > 0
         last = step >= config.max_steps
         due = not stop and (last or step % config.eval_interval == 0)
         if due:
-            val_loss = evaluate(model, val_tokens, config, world)
+            val_loss = evaluate(model, val_tokens, config, device, rank, world_size)
             if not math.isfinite(val_loss):
-                raise diverged(f"val loss {val_loss}")
+                raise SystemExit(f"error: step {step}: val loss {val_loss}. {good_state}")
         if due or stop:
-            checkpoint(due)
+            save(out / "checkpoint.pt", model, optimizer, config, step, origin)
         if due:
+            if config.keep and rank == 0:
+                shutil.copy(out / "checkpoint.pt", out / f"step-{step}.pt")
             share = mean_share(model, share_ids)
             log(step=step, val_loss=val_loss, mean_share=share)
-            world.print(f"step {step:6d}  val loss {val_loss:.4f}  mean share {share:.3f}")
+            say(f"step {step:6d}  val loss {val_loss:.4f}  mean share {share:.3f}")
         if stop or last:
             break
 
@@ -252,77 +464,60 @@ def train(config, resume, world):
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(seed_for(config, "noise", step, world.rank))
+        torch.manual_seed(seed_for(config, "noise", step, rank))
         generator = generator_for(config, "data", step)
         starts = torch.randint(windows, (config.batch_size,), generator=generator)
-        micro_steps = starts.view(config.grad_accum, -1)
         loss = torch.zeros((), device=device)
-        for i, rows in enumerate(micro_steps, 1):
-            x, y = batch(train_tokens, world.share(rows), config, device)
-            # DDP adds gradients up in the last micro-step; FSDP in each, else it holds them whole
-            wait = world.size > 1 and not config.shard and i < len(micro_steps)
-            with forward.no_sync() if wait else contextlib.nullcontext():
+        for i, rows in enumerate(starts.view(config.grad_accum, world_size, micro_batch)[:, rank]):
+            x, y = batch(train_tokens, rows, config, device)
+            # DDP adds gradients up in the last micro-step, FSDP in each: it cannot hold them whole
+            hold = use_ddp and i < config.grad_accum - 1
+            with forward.no_sync() if hold else contextlib.nullcontext():
                 part = forward(x, y) / config.grad_accum
                 part.backward()
             loss += part.detach()
-        loss = world.mean(loss)
-        clip = config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        norm = (norm.full_tensor() if config.shard else norm).item()
+        loss = mean_over_ranks(loss)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        if config.shard:
+            norm = norm.full_tensor()
+        norm = norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise diverged(f"loss {loss}, gradient norm {norm}")
+            raise SystemExit(f"error: step {step}: loss {loss}, norm {norm}. {good_state}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        times.append(time.monotonic() - tick)
-        log(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=times[-1])
+        seconds.append(time.monotonic() - tick)
+        log(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=seconds[-1])
         step += 1
         if step % config.log_interval == 0:
-            pace = np.median(times[-50:])  # seconds; the median forgets compilation
-            mfu = f"  mfu {flops_per_step / pace / peak:.1%}" if peak else ""
-            world.print(
+            pace = np.median(seconds[-50:])  # the median forgets compilation
+            say(
                 f"step {step:6d}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
-                f"{tokens_per_step / pace:,.0f} tokens/s{mfu}  "
+                f"{tokens_per_step / pace:,.0f} tokens/s  "
                 f"{(config.max_steps - step) * pace:.0f} s left"
             )
 
     # a curve, a sample, a summary
     if stop:
-        world.print(
-            f"stopped at step {step} and saved. HINT: python train.py --resume --out-dir {out}"
-        )
-        return
-    title = f"{config.precision}, {config.dataset}"
-    if world.rank == 0:
-        attempt("loss curve", world, plot, metrics, out / "loss.png", title)
-    attempt("sample", world, sample, model, config, train_tokens.tokenizer, world)
-    losses = [m["loss"] for m in metrics if "loss" in m][-20:]
-    summary = {
-        "precision": config.precision,
-        "parameters": parameters,
-        "steps": step,
-        "tokens": step * tokens_per_step,
-        "train_loss": f"{np.mean(losses):.4f}" if losses else "n/a",
-        "val_loss": f"{val_loss:.4f}",
-        "bits_per_byte": bits_per_byte(val_loss, val_tokens),
-        "tokens_per_second": f"{tokens_per_step / np.median(times or [math.inf]):.0f}",
-        "seconds": f"{time.monotonic() - began:.1f}",
-        "out_dir": out,
-    }
-    world.print("\n".join(f"{k}: {v}" for k, v in summary.items()))
-
-
-def main(argv=None):
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    config, resume = parse(__doc__, argv)
-    world = World(config.device)
-    try:
-        train(config, resume, world)
-        world.wait()  # gloo aborts a process that leaves in the middle of a collective
-    finally:
-        world.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        say(f"stopped at step {step} and saved. HINT: train.py --resume --out-dir {out}")
+    else:
+        prompt = torch.tensor([[encoding.eot_token]], device=device)
+        ids = model.generate(prompt, 100, 0.8, 50, generator_for(config, "sample"))[0, 1:].tolist()
+        text = encoding.decode([t for t in ids if t < encoding.n_vocab])
+        say(f"\n--- sample ---\n{text}\n---")
+        bits_per_byte = val_loss / math.log(2) / (val_tokens.bytes_per_token or math.nan)
+        say(f"precision: {config.precision}")
+        say(f"parameters: {parameters}")
+        say(f"tokens: {step * tokens_per_step}")
+        say(f"val_loss: {val_loss:.4f}")
+        say(f"bits_per_byte: {bits_per_byte:.4f}")  # comparable across tokenizers
+        say(f"seconds: {time.monotonic() - began:.1f}")
+        say(f"out_dir: {out}")
+        if rank == 0:
+            plot(metrics, out / "loss.png", f"{config.precision}, {config.dataset}")
+    lock.release()
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    script(main)
+    main()

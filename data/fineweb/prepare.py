@@ -1,82 +1,51 @@
-"""FineWeb-Edu in GPT-2 tokens: python data/fineweb/prepare.py [--shards 1]
+"""FineWeb-Edu in GPT-2 tokens: python -m data.fineweb.prepare [--shards 1]
 
 Downloads shards of 100 million tokens, 200 MB each: the validation shard and the first --shards of
 about a thousand training shards. An interrupted download resumes where it stopped, also when the
 command is given again.
 """
 
-import http.client
 import shutil
-import sys
-import time
 import urllib.request
+from argparse import ArgumentParser, RawTextHelpFormatter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from cli import Parser, number, script
-from data.shards import HEADER_BYTES, DataError, read_header, write_meta
+from data.shards import DATA, open_shard, write_dataset
+from data.tokenizer import get_encoding
 
 HUB = "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main"
-HINT = "HINT: the same command resumes; python train.py --dataset pydocs needs no network"
 
 
-def complete(part, url):
-    """Whether `part` holds all that its header promises; a foreign one is removed: DataError."""
-    have = part.stat().st_size if part.exists() else 0
-    if have < 12:  # not yet magic, version and count
-        return False
-    try:
-        count, dtype = read_header(part)
-        size = HEADER_BYTES + dtype.itemsize * count
-        if have > size:
-            raise DataError(f"{part} has {have} bytes, {size} by its header")
-    except DataError as error:
-        part.unlink()
-        raise DataError(f"refused {url}: {error}") from None
-    return have == size
-
-
-def fetch(url, path, tries=6, wait=1.0):
-    """Download a shard to `path`; DataError after `tries` failures, or if it is no shard.
-
-    The waits in seconds are wait, 2 wait, 4 wait and so on. What has come so far is in *.part.
-    """
+def fetch(url, path):
+    """Download a shard to `path`. What has come so far is in *.part, where the next call goes on;
+    SystemExit if the connection was cut."""
     part = path.with_suffix(".part")
-    part.touch()  # where that fails, another try would too
-    for i in range(tries):
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        reason = "the connection was cut"  # which urllib does not call an error
-        try:
-            with urllib.request.urlopen(request, timeout=30) as reply:
-                mode = "ab" if reply.status == 206 else "wb"  # 200: no Range here, all of it comes
-                with part.open(mode) as file:
-                    shutil.copyfileobj(reply, file, 1 << 20)
-        except (OSError, http.client.HTTPException) as error:
-            reason = str(error) or type(error).__name__
-        if complete(part, url):
-            part.replace(path)
-            return
-        if i < tries - 1:
-            time.sleep(wait * 2**i)
-    raise DataError(f"gave up on {url} after {tries} tries: {reason}\n{HINT}")
+    part.touch()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={part.stat().st_size}-"})
+    with urllib.request.urlopen(request, timeout=30) as reply, part.open("ab") as file:
+        if reply.status == 200:  # this server cannot resume: all of it comes
+            file.truncate(0)
+        due = part.stat().st_size + int(reply.headers["Content-Length"])
+        shutil.copyfileobj(reply, file, 1 << 20)
+    if part.stat().st_size < due:
+        raise SystemExit(f"error: {url} was cut. HINT: the same command resumes")
+    part.replace(path)
 
 
-def main():
-    parser = Parser(__doc__)
-    parser.add_argument("--shards", type=number(int), default=1, help="training shards")
-    parser.add_argument("--base-url", default=HUB)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in ["val_000000", *(f"train_{i:06d}" for i in range(1, args.shards + 1))]:
-        path = args.out / f"{name}.bin"
+def prepare(shards=1, out=DATA / "fineweb", url=HUB):
+    encoding = get_encoding("gpt2")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ["val_000000", *(f"train_{i:06d}" for i in range(1, shards + 1))]:
+        path = out / f"{name}.bin"
         if not path.exists():
             print(f"downloading {name}", flush=True)
-            fetch(f"{args.base_url}/edu_fineweb_{name}.bin", path)
-        print(f"{name} {read_header(path)[0]:12,} tokens", flush=True)
-    write_meta(args.out, "gpt2", 50257, None)
+            fetch(f"{url}/edu_fineweb_{name}.bin", path)
+        print(f"{name} {len(open_shard(path)):12,} tokens", flush=True)
+    write_dataset(out, encoding, {})
 
 
 if __name__ == "__main__":
-    script(main)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("--shards", type=int, default=1, help="training shards")
+    parser.add_argument("--out", type=Path, default=DATA / "fineweb", help="the dataset's folder")
+    prepare(**vars(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""Python's own documentation strings: python data/pydocs/prepare.py [--tokenizer T]
+"""Python's own documentation strings: python -m data.pydocs.prepare [--tokenizer T]
 
 English prose that every Python installation carries, so it needs no network. The text is the
 docstrings of the standard library, read and never imported, and pydoc's help topics; a module is a
@@ -7,16 +7,12 @@ other English, it still gives 2.2 bytes per token where "bytes" gives 1.
 """
 
 import ast
-import sys
 import sysconfig
 import warnings
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from cli import Parser, script
-from data.shards import DataError, write_dataset
-from data.vocab import EOT, OUT_HELP, TOKENIZER_HELP, default_out, encode, get_encoding
+from data.shards import parser_of, write_texts
 
 SKIP = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -50,20 +46,9 @@ def documents(stdlib):
     return splits
 
 
-def main():
-    parser = Parser(__doc__)
-    parser.add_argument("--tokenizer", default="plays", help=TOKENIZER_HELP)
-    parser.add_argument("--out", help=OUT_HELP)
-    args = parser.parse_args()
-    stdlib = sysconfig.get_paths()["stdlib"]
-    encoding = get_encoding(args.tokenizer)
-    splits = documents(stdlib)
-    if not all(splits.values()):
-        raise DataError(f"no docstrings under {stdlib}: this Python comes without its sources")
-    for split, texts in splits.items():
-        splits[split] = encode(encoding, [text + EOT for text in texts])
-    write_dataset(args.out or default_out(__file__, args.tokenizer), encoding, splits)
+def prepare(tokenizer="plays", out=None):
+    write_texts(documents(sysconfig.get_paths()["stdlib"]), "pydocs", tokenizer, out)
 
 
 if __name__ == "__main__":
-    script(main)
+    prepare(**vars(parser_of(__doc__).parse_args()))

