@@ -44,7 +44,7 @@ arithmetic up to the order of the sums. On a GPU kernels.py takes over, with the
 """
 
 import dataclasses
-import importlib
+import importlib.util
 import os
 import warnings
 
@@ -75,17 +75,12 @@ class LinearFP4(torch.autograd.Function):
         w_q, w_t = quantize_weight(w)
 
         # ------------ fprop: Y (T, n) = 1 (μ Wᵀ) + R~ W~ᵀ ------------
-        mean_part = None
-        if center:
-            mean_part = mm(mu, w.float().t())  # (1, n)
-        y = gemm(r, w_q, x.dtype, right=mean_part)
+        mean_y = mm(mu, w.float().t()) if center else None  # (1, n)
+        y = gemm(r, w_q, x.dtype, right=mean_y)
 
-        # For backward: W~ for dgrad, and instead of X, in 4.5 bits a value, R~ for wgrad.
-        saved_w = saved_r = (None, None, None)
-        if need_dx:
-            saved_w = w_t.tensors()
-        if need_dw:
-            saved_r = r_t.tensors()
+        # dgrad will need W~, and wgrad R~: 4.5 bits a value are kept instead of X.
+        saved_w = w_t.tensors() if need_dx else (None, None, None)
+        saved_r = r_t.tensors() if need_dw else (None, None, None)
         ctx.save_for_backward(mu, w, *saved_w, *saved_r)
         ctx.center = center
         return y
@@ -102,17 +97,13 @@ class LinearFP4(torch.autograd.Function):
         # ------------ dgrad: dX (T, m) = 1 (ν W) + S~ W~ ------------
         if need_dx:
             w_t = NVFP4(w_codes, w_scales, w_scale, (16, 16))  # W~ᵀ, (m, n)
-            mean_part = None
-            if ctx.center:
-                mean_part = mm(nu, w.float())  # (1, m)
-            dx = gemm(s, w_t, d.dtype, right=mean_part)
+            mean_dx = mm(nu, w.float()) if ctx.center else None  # (1, m)
+            dx = gemm(s, w_t, d.dtype, right=mean_dx)
 
         # ------------ wgrad: dW (n, m) = T νᵀ μ + S~ᵀ R~ ------------
         if need_dw:
             r_t = NVFP4(r_codes, r_scales, r_scale, (1, 16))  # Rᵀ~, (m, T)
-            column = None
-            if ctx.center:
-                column = len(d) * nu.t()  # (n, 1)
+            column = len(d) * nu.t() if ctx.center else None  # (n, 1)
             dw = gemm(s_t, r_t, w.dtype, left=column, right=mu)
         return dx, dw, None
 
@@ -283,10 +274,10 @@ class FP4Linear(nn.Linear):
 def convert(model, recipe="fp4_mean", keep=("lm_head",)):
     """Make every nn.Linear in a model, or the model itself, an FP4Linear, in place.
 
-    keep: endings of the names of modules that stay as they are. Parameters, hooks and modes stay;
-    converting again changes the recipe. Returns the model, and warns of matrices in other modules,
-    embeddings aside. ValueError, and nothing is changed, if a width does not fit, if a linear would
-    not run our forward, and if there is none."""
+    keep: endings of the names of modules that stay as they are, with all that is in them.
+    Parameters, hooks and modes stay; converting again changes the recipe. Returns the model, and
+    warns of matrices in other modules, embeddings aside. ValueError, and nothing is changed, if a
+    width does not fit, if a linear would not run our forward, and if there is no linear."""
     recipe_named(recipe)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     names = {}  # a shared module has several
@@ -294,7 +285,8 @@ def convert(model, recipe="fp4_mean", keep=("lm_head",)):
         names.setdefault(module, []).append(name)
     linears, others = {}, {}  # modules: how many values their matrices have
     for module, aliases in names.items():
-        if any(alias.endswith(keep) for alias in aliases) or isinstance(module, nn.Embedding):
+        kept = any(f"{ending}." in f"{alias}." for ending in keep for alias in aliases)
+        if kept or isinstance(module, nn.Embedding):
             continue
         name = f"{aliases[0]}: {type(module).__name__}"
         size = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
@@ -371,8 +363,7 @@ class NVFP4:
         both."""
         if self.codes.stride(0) < self.codes.stride(1):  # a transpose; memory is read in its order
             return self.t().values().t()
-        packed_axis = int(len(self.codes) == len(self.scales) * self.block[0])
-        codes = unpack(self.codes, packed_axis)
+        codes = unpack(self.codes, axis=int(len(self.codes) == len(self.scales) * self.block[0]))
         scales = self.scales.float()
         for axis in BLOCKS[self.block]:
             scales = scales.unsqueeze(axis)
@@ -420,7 +411,7 @@ def quantize_scaled(x, block, amaxes, amax, seed=None):
         key = hash32(torch.as_tensor(seed, dtype=torch.int32, device=x.device))
     codes = encode(x, factors.view_as(amaxes), block, key).view(x.shape)
     scales = scales.to(torch.float8_e4m3fn).view(len(amaxes), -1)  # exact: they are E4M3 values
-    return NVFP4(pack(codes, packed_axis=int(block[1] == 16)), scales, tensor_scale, block)
+    return NVFP4(pack(codes, axis=int(block[1] == 16)), scales, tensor_scale, block)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -511,19 +502,14 @@ def hash32(i):
     return i ^ (i >> 16 & 0xFFFF)
 
 
-def pack(codes, packed_axis):
-    """Two codes a byte: of neighbours in a row (axis 1) or in a column (axis 0)."""
-    if packed_axis == 0:
-        return codes[0::2] | codes[1::2] << 4
-    pairs = codes.contiguous().view(torch.int16)
-    return (pairs | pairs >> 4).to(torch.uint8)
+def pack(codes, axis):
+    """Two codes a byte, of neighbours in a row (axis 1) or in a column (axis 0)."""
+    even, odd = codes.unflatten(axis, (-1, 2)).unbind(axis + 1)
+    return even | odd << 4
 
 
-def unpack(packed, packed_axis):
-    if packed_axis == 0:
-        return torch.stack((packed & 15, packed >> 4), 1).flatten(0, 1)
-    pairs = packed.to(torch.int16)
-    return (pairs & 15 | (pairs & 0xF0) << 4).view(torch.uint8)
+def unpack(packed, axis):
+    return torch.stack((packed & 15, packed >> 4), axis + 1).flatten(axis, axis + 1)
 
 
 def use_fast_path(device):

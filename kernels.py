@@ -353,7 +353,8 @@ def _quantize_weight(
     amaxes, r = tl.zeros((1, BLOCK // 4, 4), tl.int32), ()
     for i in tl.static_range(16):
         w_row = w + (i * m + quad * 4 + lane)
-        r += (tl.load(w_row) if EVEN else tl.load(w_row, mask=inside, other=0.0),)
+        v = tl.load(w_row) if EVEN else tl.load(w_row, mask=inside, other=0.0)
+        r += (v.to(tl.float32),)
         if i % 2:
             amaxes = tl.maximum(amaxes, _larger(r[i - 1], r[i]))
     amaxes = tl.max(tl.reshape(amaxes, (BLOCK // 16, 16)), 1, keep_dims=True)
@@ -709,10 +710,12 @@ def _like_gemm(a, a_scales, b, b_scales, a_scale, b_scale, left, right, dtype):
 
 
 def gemm(a, a_scales, a_scale, b, b_scales, b_scale, left, right, dtype):
-    """`fp4.gemm` of codes, scales and tensor scales. ValueError if the operands are not both packed
-    along the contraction."""
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"packed along other axes: {tuple(a.shape)}, {tuple(b.shape)} bytes")
+    """`fp4.gemm` of codes, scales and tensor scales. ValueError for codes that are not packed along
+    the contraction, 8 bytes of them to a scale."""
+    if a.shape[1] != 8 * a_scales.shape[1] or b.shape[1] != 8 * b_scales.shape[1]:
+        raise ValueError(
+            f"codes {tuple(a.shape)}, {tuple(b.shape)}: not packed along the last axis"
+        )
     if right is not None:
         left = right.new_ones(1, 1).expand(len(a), 1) if left is None else left
         left, right = left[:, 0], right[0]

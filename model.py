@@ -112,9 +112,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        recipes = [config.precision] * config.n_layer
-        recipes[config.n_layer - config.bf16_blocks :] = ["bf16"] * config.bf16_blocks
-        self.blocks = nn.ModuleList(Block(config, recipe) for recipe in recipes)
+        self.blocks = nn.ModuleList()
+        for i in range(config.n_layer):
+            high = i >= config.n_layer - config.bf16_blocks
+            self.blocks.append(Block(config, "bf16" if high else config.precision))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
@@ -135,8 +136,8 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu", precision=None):
-        """The model of a run's folder, or of one of its checkpoints, in evaluation mode.
-        precision: a recipe instead of the run's own. `model.run` has what else the checkpoint holds."""
+        """The model of a run's folder, or of one of its checkpoints, in evaluation mode, and in
+        `model.run` what else the checkpoint holds. precision: a recipe instead of the run's own."""
         run = load_checkpoint(path, device)
         fields = {field.name for field in dataclasses.fields(ModelConfig)}
         config = ModelConfig(**{k: v for k, v in run["config"].items() if k in fields})

@@ -5,7 +5,7 @@
     python train.py --preset smollm2 --precision fp4_mean
     python train.py --resume --out-dir out/nano-fp4_mean
     torchrun --nproc-per-node 8 train.py --preset 124m --dataset fineweb --grad-accum 4
-    torchrun --nproc-per-node 8 train.py --preset qwen3-4b --dataset fineweb
+    torchrun --nproc-per-node 8 train.py --preset qwen3-0.6b --dataset fineweb --shard --recompute
 
 A run is a folder: config.json, metrics.jsonl, checkpoint.pt, loss.png. Whatever is random at a step
 is a function of (seed, purpose, step, rank) alone. So runs that differ only in --precision start
@@ -28,18 +28,19 @@ import time
 from pathlib import Path
 
 import filelock
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
+from matplotlib.figure import Figure
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fp4
 from data.shards import load, prepare_if_missing
-from data.tokenizer import encoding_of
+from data.tokenizer import TOKENIZERS, encoding_of
 from model import CHECKPOINT_FORMAT, GPT, ModelConfig, load_checkpoint
 
 
@@ -59,7 +60,7 @@ class Config(ModelConfig):
     weight_decay: float = 0.1  # of the matrices; vectors have none
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
-    grad_clip: float = 1.0  # largest gradient norm; inf: no clipping
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     eval_interval: int = 80  # steps between evaluations, each followed by a checkpoint
     eval_windows: int = 128  # validation sequences, evenly spaced, always the same
     log_interval: int = 10  # steps between progress lines
@@ -86,11 +87,6 @@ PRESETS = {  # what differs from the defaults
                    "ffn_dim": 3072, "block_size": 4096, "rope_theta": 1e6, "batch_size": 256,
                    "grad_accum": 64, "max_steps": 100000, "learning_rate": 3e-4,
                    "warmup_steps": 2000, "eval_interval": 1000, "eval_windows": 256},
-    "qwen3-4b": {"n_layer": 36, "n_head": 32, "n_kv_head": 8, "head_dim": 128, "dim": 2560,
-                 "ffn_dim": 9728, "block_size": 4096, "rope_theta": 1e6, "batch_size": 256,
-                 "grad_accum": 32, "max_steps": 100000, "learning_rate": 3e-4,
-                 "warmup_steps": 2000, "eval_interval": 1000, "eval_windows": 256,
-                 "shard": True, "recompute": True},
     "smollm2": {"init": "out/smollm2", "dataset": "shakespeare-smollm2", "block_size": 512,
                 "batch_size": 2, "max_steps": 60, "learning_rate": 1e-4, "warmup_steps": 5,
                 "eval_interval": 12, "eval_windows": 8},
@@ -110,7 +106,7 @@ def parse(argv):
     source = inspect.getsource(ModelConfig) + inspect.getsource(Config)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(
-        usage="python train.py [--FLAG VALUE ...]",
+        usage=argparse.SUPPRESS,  # 40 lines before each error
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -133,8 +129,9 @@ def parse(argv):
     if resume:
         if preset or not flags.get("out_dir"):
             parser.error("--resume takes the run's --out-dir, and no --preset")
-        preset = f"{flags['out_dir']}/config.json"
-    elif not preset and "init" not in flags:
+        config = Config(**load_checkpoint(flags["out_dir"])["config"] | flags)
+        return config, resume
+    if not preset and "init" not in flags:
         gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
         preset = "small" if gpu else "nano"
     if preset in (None, *PRESETS):
@@ -143,7 +140,7 @@ def parse(argv):
         values = json.loads(Path(preset).read_text()) | flags
     else:
         parser.error(f"no preset {preset!r}: there are {names}, and config.json files of runs")
-    if values.get("init") and not resume:
+    if values.get("init"):
         path = Path(values["init"]) / "config.json"
         if not path.exists():
             parser.error(f"no run in {path.parent}. HINT: python -m tools.hf smollm2 {path.parent}")
@@ -191,11 +188,9 @@ def make_optimizer(model, config):
     """AdamW: matrices decay, vectors do not."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=decay, fused=True)
 
 
 def mean_over_ranks(value):
@@ -239,26 +234,9 @@ def mean_share(model, ids):
 # The folder of a run.
 
 
-def write(path, content):
-    """Write a file whole or not at all: text, or a state for torch.save."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # a full disk is either
-        part.unlink(missing_ok=True)
-        raise SystemExit(f"error: cannot write {path}: {error}; what was there stays") from None
-
-
 def save(path, model, optimizer, config, step, origin):
-    """A checkpoint has whole tensors, however many processes made it, so any number of them can go
-    on. All processes must call this; the first one writes. origin: tokenizer and data."""
+    """Write a checkpoint, whole or not at all. Its tensors are whole, however many processes made
+    it, so that any number can go on. All of them must call this. origin: tokenizer and data."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = {"format": CHECKPOINT_FORMAT, "step": step, "config": dataclasses.asdict(config)}
     state |= origin
@@ -267,7 +245,12 @@ def save(path, model, optimizer, config, step, origin):
     if optimizer.state:  # before the first step dcp would make a step of its own to fill it
         state["optimizer"] = dcp.get_optimizer_state_dict(model, optimizer, options=options)
     if int(os.environ.get("RANK", 0)) == 0:
-        write(path, state)
+        part = path.with_suffix(".part")
+        try:
+            torch.save(state, part)
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # a full disk can be either
+            raise SystemExit(f"error: cannot write {path}, the one before stays: {error}") from None
 
 
 def restore(path, model, optimizer, config, origin):
@@ -298,7 +281,7 @@ def read_metrics(path, before):
 
 
 def plot(metrics, path, title):
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
         points = [(m["step"], m[key]) for m in metrics if key in m]
@@ -327,13 +310,11 @@ def main(argv=None):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     micro_batch = config.batch_size // config.grad_accum // world_size  # sequences of a process
-    if micro_batch * config.grad_accum * world_size != config.batch_size:
+    if config.batch_size % (config.grad_accum * world_size) or config.eval_windows % world_size:
         raise SystemExit(
-            f"error: batch_size {config.batch_size} does not split into {world_size} processes "
-            f"times grad_accum {config.grad_accum}. HINT: --batch-size"
+            f"error: --batch-size {config.batch_size} must split into {world_size} processes times "
+            f"{config.grad_accum} micro-steps, --eval-windows {config.eval_windows} into processes"
         )
-    if config.eval_windows % world_size:
-        raise SystemExit(f"error: eval_windows does not split into {world_size} processes")
     if config.shard and world_size == 1:
         raise SystemExit("error: --shard is for several processes. HINT: torchrun, or --no-shard")
     if world_size > 1:
@@ -367,14 +348,11 @@ def main(argv=None):
     origin = {
         "tokenizer": train_tokens.tokenizer,
         "tokenizer_hash": train_tokens.tokenizer_hash,
-        "data": train_tokens.fingerprint,
+        "data": f"{train_tokens.fingerprint} {val_tokens.fingerprint}",
     }
     config.vocab_size = config.vocab_size or -(-train_tokens.vocab_size // 64) * 64
     if config.vocab_size < train_tokens.vocab_size:
-        raise SystemExit(
-            f"error: vocab_size {config.vocab_size} is less than the {train_tokens.vocab_size} of "
-            f"{config.dataset}"
-        )
+        raise SystemExit(f"error: {config.dataset} has {train_tokens.vocab_size} tokens")
     windows = train_tokens.windows(config.block_size + 1)
 
     # model and optimizer
@@ -392,8 +370,9 @@ def main(argv=None):
         model.load_state_dict(other.state_dict())
     parameters = sum(p.numel() for p in model.parameters())
     if config.shard:
+        mesh = init_device_mesh(device.type, (world_size,))
         for module in (*model.blocks, model):  # the model's own are what the blocks have left
-            fully_shard(module)
+            fully_shard(module, mesh=mesh)
     else:
         model = model.to(device)
     if config.recompute:  # inside the hooks that gather a sharded block's weights
@@ -405,12 +384,10 @@ def main(argv=None):
         step = restore(out / "checkpoint.pt", model, optimizer, config, origin)
         metrics = read_metrics(out / "metrics.jsonl", step)
     if rank == 0:
-        write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        write(out / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
-        if (train_tokens.directory / "tokenizer").exists():  # not one of ours
-            shutil.copytree(
-                train_tokens.directory / "tokenizer", out / "tokenizer", dirs_exist_ok=True
-            )
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+        if train_tokens.tokenizer not in TOKENIZERS:  # a run brings what reads its tokens
+            encoding.save(out)
 
     # what runs
     tokens_per_step = config.batch_size * config.block_size
@@ -477,7 +454,8 @@ def main(argv=None):
                 part.backward()
             loss += part.detach()
         loss = mean_over_ranks(loss)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        limit = config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         if config.shard:
             norm = norm.full_tensor()
         norm = norm.item()

@@ -6,9 +6,8 @@ vocabularies of more than 65,536 it is llm.c's other one: magic 20240801, versio
 A dataset is a folder of shards:
 
     data/<name>/train_000.bin ...   val_000.bin ...
-    data/<name>/meta.json           {"tokenizer": "plays", "tokenizer_hash": "57ab...",
-                                     "vocab_size": 4096,
-                                     "bytes_per_token": {"train": 3.1, "val": 3.0}}
+    data/<name>/meta.json           {"tokenizer": "plays", "tokenizer_hash": "71b50fcf544c216e",
+                                     "vocab_size": 4096, "bytes_per_token": {"train": 3.1, ...}}
     data/<name>/tokenizer/          the tokenizer's files, if it is none of ours
 
 bytes_per_token turns a loss into bits per byte; it is {} where the text itself is not at hand.
@@ -31,8 +30,8 @@ FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # by
 HEADER_BYTES = 256 * 4
 DATA = Path(__file__).resolve().parent
 AUTOMATIC = ("shakespeare", "pydocs")  # small: made when they are missing
-HINT = "HINT: python -m data.shakespeare.prepare [--tokenizer FOLDER], or data.pydocs or "
-HINT += "data.fineweb, or python -m data.text.prepare FILE... --out DIR"
+HINT = "HINT: python -m data.shakespeare.prepare [--tokenizer FOLDER] (or pydocs, or fineweb), or "
+HINT += "python -m data.text.prepare FILE... --out DIR"
 
 
 def write_shard(path, tokens):

@@ -25,9 +25,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 FILES += ("generation_config.json", "config.json")
 # How a byte-level tokenizer.json spells bytes: a printable one as that character of Latin-1, the
 # others as U+0100 and on.
-PRINTABLE = [i for i in range(33, 256) if chr(i).isprintable()]
-OTHERS = [i for i in range(256) if i not in PRINTABLE]
-BYTE = {chr(i): bytes([i]) for i in PRINTABLE}
+OTHERS = [i for i in range(256) if i < 33 or not chr(i).isprintable()]
+BYTE = {chr(i): bytes([i]) for i in range(256) if i not in OTHERS}
 BYTE |= {chr(256 + n): bytes([i]) for n, i in enumerate(OTHERS)}
 
 

@@ -1,60 +1,260 @@
-"""More recipes for a linear layer, on fp4.py's parts: what `--precision` takes besides its four.
+"""More recipes for a linear layer, on fp4.py's parts: what --precision takes besides fp4's four.
 
-A recipe is a function of X (T, m) and W (n, m) that returns Y (T, n). `Variant` is one with every
-choice open; its defaults are fp4_mean, bit for bit. A new recipe is a line in RECIPES, or, where
-its GEMMs differ, a function of its own. With `AddedMean` a recipe sees a stronger mean.
+`Variant` is a recipe with every choice open; its defaults are fp4_mean, bit for bit. A new recipe
+is a line in VARIANTS, or, where its GEMMs differ, an autograd Function of its own in fp4.RECIPES. A
+name begins with fp4 if the recipe rounds to NVFP4. The recipes that end in _plus4 and _plus8 see X
+with a strong mean added, which the rounding feels and nothing else.
 """
 
 import dataclasses
-import functools
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import fp4
-from nvfp4 import BLOCK, NVFP4, draw_seeds
 
 SIGNS = 1, 1, -1, 1, -1, -1, 1, -1, -1, -1, 1, 1, -1, 1, -1, -1  # of `rotate_tokens`
-CHOICES = {
-    "split": ("none", "mean", "project", "svd"),
-    "mean_format": ("fp32", "bf16", "nvfp4", "nvfp4_sr"),
-}
+SPLITS = "none", "mean", "project", "svd"
+MEAN_FORMATS = "fp32", "bf16", "nvfp4", "nvfp4_sr"
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A recipe: what is split off X and D before they are rounded, and what becomes of that part.
 
-    X = left μ + R and D = left ν + S; for a mean, left is a column of ones. ValueError for
-    choices that make no sense together."""
+        X = left μ + R      D = left ν + S
 
-    split: str = "mean"  # none, mean, project or svd: see `split_off`; D is never projected
+    For a mean, left is the column of ones. ValueError for choices that make no sense together."""
+
+    split: str = "mean"  # none, mean, project or svd, see `split_off`; D is never projected
     massive: bool = False  # tokens of X with 4 times the RMS norm multiply the unrounded W
-    split_grad: bool = True  # of X and D; else of X alone
+    split_grad: bool = True  # split D too, not X alone
     mean_format: str = "fp32"  # of μ and ν: fp32, bf16, nvfp4 (μ to nearest) or nvfp4_sr
-    round_mean_weight: bool = False  # multiply them with the rounded W instead of W
+    round_mean_weight: bool = False  # μ and ν multiply W~ instead of W
     cross_terms: bool = False  # wgrad's mixed terms; zero for means before rounding, noise after
     hadamard: bool = False  # rotate both operands of wgrad along tokens first
-    headroom: bool = False  # unbiased stochastic rounding, see `quantize`
+    headroom: bool = False  # unbiased stochastic rounding, see `quantize_with_headroom`
     stochastic_x: bool = False  # round X stochastically too
-    weight_1d: bool = False  # W in blocks of 16 along the contraction axis, other ones in dgrad
+    weight_1d: bool = False  # W in blocks of 16 along the contraction, other ones in dgrad
 
     def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {choices}")
-        both = self.split in ("mean", "svd") and self.split_grad
-        if self.cross_terms and (not both or self.hadamard or self.massive):
-            raise ValueError(
-                "cross_terms need X and D split alike, no rotation and no massive tokens: drop one"
-            )
-
-    def __call__(self, x, w):
-        return _LinearVariant.apply(x, w, self)
+        if self.split not in SPLITS or self.mean_format not in MEAN_FORMATS:
+            raise ValueError(f"{self}: split is one of {SPLITS}, mean_format of {MEAN_FORMATS}")
+        split_alike = self.split in ("mean", "svd") and self.split_grad
+        if self.cross_terms and (not split_alike or self.hadamard or self.massive):
+            raise ValueError(f"{self}: cross_terms need X and D split alike, and nothing else")
 
 
-RECIPES = fp4.RECIPES | {
+# ------------------------------------------------------------------------------------------------
+# The parts of a Variant.
+
+
+def draw_seeds(device):
+    """Seeds of two stochastic roundings, int32 (2,), as fp4.LinearFP4 draws them."""
+    return torch.randint(2**31 - 1, (2,), dtype=torch.int32, device=device)
+
+
+def massive_tokens(x):
+    """The numbers (k,) of the tokens of x (T, m) that have more than 4 times the RMS norm."""
+    energy = x.float().square().sum(1)
+    return (energy > 16 * energy.mean()).nonzero().flatten()
+
+
+def split_off(x, split, massive=None):
+    """x (T, m) as left (T, 1) times right (1, m) plus a residual (T, m), all FP32.
+
+    none      left and right are None
+    mean      left is all ones, right the mean over tokens
+    project   right is the mean's direction, a unit row, and left the tokens' components along it
+    svd       right is the leading singular direction, by power iteration from the longest row
+
+    The columns of the residual add up to zero after mean and project. massive (k,): tokens that
+    count as absent, with zeros in left and in the residual."""
+    x = x.float()
+    present = x.new_ones(len(x), 1)
+    if massive is not None:
+        x = x.index_fill(0, massive, 0)
+        present = present.index_fill(0, massive, 0)
+    if split == "none":
+        return None, None, x
+    if split == "mean":
+        right = x.sum(0, keepdim=True) / present.sum()
+        return present, right, x - present * right
+    if split == "project":
+        right = F.normalize(x.sum(0, keepdim=True))
+    else:
+        right = x[x.square().sum(1).argmax()][None]
+        for _ in range(8):
+            right = F.normalize(fp4.mm(fp4.mm(x, right.t()).t(), x))
+    left = fp4.mm(x, right.t())
+    return left, right, x - left * right
+
+
+def rotate_tokens(x):
+    """x (T, m) -> (T padded to 16, m): every 16 tokens times an orthonormal Hadamard matrix whose
+    columns have fixed random signs (arXiv 2509.25149). Both operands of wgrad get it, so it cancels
+    in their product. The matrix is four rounds of sums and differences of neighbours."""
+    tokens = F.pad(x, (0, 0, 0, -len(x) % 16)).unflatten(0, (-1, 16)).unbind(1)
+    tokens = [sign * token for sign, token in zip(SIGNS, tokens, strict=True)]
+    for _ in range(4):
+        pairs = list(zip(tokens[0::2], tokens[1::2], strict=True))
+        tokens = [a + b for a, b in pairs] + [a - b for a, b in pairs]
+    return (torch.stack(tokens, 1) * 0.25).flatten(0, 1)
+
+
+def quantize_with_headroom(x, block, seed):
+    """fp4.quantize, stochastic and right on average: block scales are 17/16 times as large. E4M3
+    rounds a scale down by 1/17 of it at most, so no value comes out above 6 and saturates. In plain
+    PyTorch on every device, as the kernels do not know it. x is FP32."""
+    x = F.pad(x, (0, 0, 0, -len(x) % block[0]))
+    amaxes, numbers = fp4.block_amaxes(x, block)
+    return fp4.quantize_scaled(x, block, amaxes * (17 / 16), numbers.amax(), seed)
+
+
+def split_quantize(x, variant, split, rowwise, columnwise, seeds, massive=None):
+    """fp4.center_quantize with a Variant's choices. Of x (T, m)
+
+    left, right   (T, 1) and (1, m), FP32, or None: see `split_off`
+    r             the residual in NVFP4 (T, m), in blocks along features
+    r_t           its transpose (m, T), in blocks along tokens"""
+    headroom = variant.headroom and seeds is not None
+    changed = variant.hadamard or headroom or massive is not None
+    if split in ("none", "mean") and not changed:
+        mean, r, r_t = fp4.center_quantize(x, split == "mean", rowwise, columnwise, seeds)
+        left = None if mean is None else mean.new_ones(len(x), 1)
+        return left, mean, r, r_t
+
+    left, right, residual = split_off(x, split, massive)
+    along_tokens = rotate_tokens(residual) if variant.hadamard else residual
+    if headroom:
+        r = quantize_with_headroom(residual, (1, 16), seeds[0])
+        r_t = quantize_with_headroom(along_tokens, (16, 1), seeds[1]).t()
+        return left, right, r, r_t
+    _, r, _ = fp4.center_quantize(residual, False, rowwise, False, seeds)
+    _, _, r_t = fp4.center_quantize(along_tokens, False, False, columnwise, seeds)
+    return left, right, r, r_t
+
+
+def round_mean(mean, mean_format, stochastic):
+    """A mean (1, m), FP32, as its own products see it, FP32 again."""
+    if mean is None or mean_format == "fp32":
+        return mean
+    if mean_format == "bf16":
+        return fp4.to_dtype(mean, torch.bfloat16).float()
+    seed = None
+    if stochastic:
+        seed = torch.randint(2**31 - 1, (), dtype=torch.int32, device=mean.device)
+    return fp4.quantize(mean, seed=seed).dequantize()
+
+
+def times_weight(mean, w, w_q, variant):
+    """The mean's part of a GEMM: mean (1, m) times Wᵀ, of w or of its rounded w_q (n, m)."""
+    if mean is None:
+        return None
+    if variant.round_mean_weight:
+        w = w_q.dequantize()
+    return fp4.mm(mean, w.float().t())
+
+
+class LinearVariant(torch.autograd.Function):
+    """fp4.LinearFP4 with the choices of a Variant."""
+
+    @staticmethod
+    def forward(ctx, x, w, variant):  # x (T, m), w (n, m)
+        need_dx, need_dw, _ = ctx.needs_input_grad
+        seeds = draw_seeds(x.device) if variant.stochastic_x else None
+        massive = massive_tokens(x) if variant.massive else None
+        left, mu, r, r_t = split_quantize(x, variant, variant.split, True, need_dw, seeds, massive)
+        mu = round_mean(mu, variant.mean_format, stochastic=variant.mean_format == "nvfp4_sr")
+        if variant.weight_1d:
+            _, w_q, w_t = fp4.center_quantize(w, False, columnwise=need_dx)
+        else:
+            w_q, w_t = fp4.quantize_weight(w)
+
+        # ------------ fprop: Y (T, n) = left (μ Wᵀ) + R~ W~ᵀ ------------
+        y = fp4.gemm(r, w_q, x.dtype, left, times_weight(mu, w, w_q, variant))
+        x_massive = None
+        if variant.massive:
+            x_massive = x[massive].float()
+            y[massive] = fp4.mm(x_massive, w.float().t()).to(y.dtype)
+
+        saved_w = saved_r = (None, None, None)
+        if need_dx:
+            saved_w = w_t.tensors()
+        if need_dw:
+            saved_r = r_t.tensors()
+        ctx.save_for_backward(w, *saved_w, left, mu, *saved_r, massive, x_massive)
+        ctx.variant = variant
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):  # (T, n)
+        need_dx, need_dw, _ = ctx.needs_input_grad
+        w, w_codes, w_scales, w_scale, left_x, mu, *saved_x = ctx.saved_tensors
+        r_codes, r_scales, r_scale, massive, x_massive = saved_x
+        variant = ctx.variant
+        split = variant.split if variant.split_grad else "none"
+        split = "mean" if split == "project" else split
+        seeds = draw_seeds(d.device)
+        left_d, nu, s, s_t = split_quantize(d, variant, split, need_dx, need_dw, seeds)
+        nu = round_mean(nu, variant.mean_format, stochastic=True)
+        dx = dw = None
+
+        # ------------ dgrad: dX (T, m) = left (ν W) + S~ W~ ------------
+        if need_dx:
+            block = (1, 16) if variant.weight_1d else (16, 16)
+            w_t = fp4.NVFP4(w_codes, w_scales, w_scale, block)  # W~ᵀ, (m, n)
+            dx = fp4.gemm(s, w_t, d.dtype, left_d, times_weight(nu, w.t(), w_t, variant))
+
+        # ------------ wgrad: dW (n, m) = νᵀ (left_dᵀ left_x) μ + S~ᵀ R~ ------------
+        if need_dw:
+            r_t = fp4.NVFP4(r_codes, r_scales, r_scale, (1, 16))  # Rᵀ~, (m, T)
+            column = None
+            if mu is not None and (nu is None or variant.split == "project" or variant.massive):
+                column = fp4.mm(d.float().t(), left_x)  # in full, with its part of the cross terms
+            elif mu is not None:
+                column = nu.t() * (left_d * left_x).sum()  # (n, 1)
+            dtype = torch.float32 if variant.cross_terms else w.dtype
+            dw = fp4.gemm(s_t, r_t, dtype, column, mu)
+            if variant.cross_terms:  # νᵀ (left_dᵀ R~) + (S~ᵀ left_x) μ
+                r_sums = fp4.mm(r_t.dequantize()[:, : len(d)], left_d)  # (m, 1)
+                s_sums = fp4.mm(s_t.dequantize()[:, : len(d)], left_x)  # (n, 1)
+                dw = (dw + nu.t() * r_sums.t() + s_sums * mu).to(w.dtype)
+            if variant.massive:
+                dw = dw + fp4.mm(d[massive].float().t(), x_massive).to(dw.dtype)
+        return dx, dw, None
+
+
+# ------------------------------------------------------------------------------------------------
+# The causal test: a mean as strong as we like.
+
+
+def added_mean(x, rms):
+    """A fixed random row (m,), FP32, of `rms` times the RMS of x (T, m), a constant to the
+    gradient."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(x.shape[1], generator=generator).to(x.device)
+    return rms * x.detach().float().square().mean().sqrt() * direction
+
+
+class LinearAddedMean:
+    """A recipe that sees X with a mean added, whose product with W is taken off the output. In
+    exact arithmetic nothing changes, neither the output nor a gradient; what changes is what a mean
+    of this strength does to the rounding. The product is elementwise, which autocast leaves
+    alone."""
+
+    @staticmethod
+    def apply(x, w, argument):
+        recipe, rms = argument
+        mean = added_mean(x, rms)
+        return (fp4.linear(x + mean, w, recipe) - (w.float() * mean).sum(1)).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+
+VARIANTS = {
     # arXiv 2603.10444, Eqs. 11 and 12 to the letter
     "fp4_mean_paper": Variant(mean_format="nvfp4", round_mean_weight=True, cross_terms=True),
     "fp4_hadamard": Variant(split="none", hadamard=True),  # arXiv 2509.25149
@@ -78,185 +278,12 @@ RECIPES = fp4.RECIPES | {
     "fp4_mean_sr": Variant(stochastic_x=True),
     "fp4_mean_1d": Variant(weight_1d=True),
 }
+fp4.RECIPES |= {name: (LinearVariant, variant) for name, variant in VARIANTS.items()}
 
-
-def massive_tokens(x):
-    """(k,) the tokens of x (T, m) with more than 4 times the RMS norm."""
-    energy = x.float().square().sum(1)
-    return (energy > 16 * energy.mean()).nonzero().flatten()
-
-
-def split_off(x, split, without=None):
-    """x (T, m) as left (T, 1) times right (1, m) plus a residual (T, m), FP32: the three of them.
-    without (k,): tokens that count as absent, zero in left and residual.
-
-    none: left and right are None. mean: left is all ones, right the mean over tokens. project:
-    right is the mean's direction, a unit row, and left the tokens' components along it. Of these
-    two the residual's columns add up to zero. svd: the leading singular direction, by power
-    iteration from the longest row."""
-    x = x.float()
-    present = x.new_ones(1, 1).expand(len(x), 1)  # no memory, like those of the core
-    if without is not None:
-        x, present = x.index_fill(0, without, 0), present.index_fill(0, without, 0)
-    if split == "none":
-        return None, None, x
-    if split == "mean":
-        right = x.sum(0, keepdim=True) / present.sum()
-        return present, right, x - present * right
-    if split == "project":
-        right = F.normalize(x.sum(0, keepdim=True))
-    else:
-        right = x[x.square().sum(1).argmax()][None]
-        for _ in range(8):
-            right = F.normalize((x @ right.t()).t() @ x)
-    left = x @ right.t()
-    return left, right, x - left * right
-
-
-def rotate_tokens(x):
-    """x (T, m) -> (T padded to 16, m): every 16 tokens times one orthonormal Hadamard matrix with a
-    fixed random sign per column (arXiv 2509.25149), in four rounds of sums and differences of
-    neighbours. Both operands of wgrad get it, so it cancels in their product."""
-    rows = F.pad(x, (0, 0, 0, -len(x) % BLOCK)).unflatten(0, (-1, BLOCK)).unbind(1)
-    rows = [sign * row for sign, row in zip(SIGNS, rows, strict=True)]
-    for _ in range(4):
-        pairs = list(zip(rows[0::2], rows[1::2], strict=True))
-        rows = [a + b for a, b in pairs] + [a - b for a, b in pairs]
-    return (torch.stack(rows, 1) * 0.25).flatten(0, 1)
-
-
-def _split_quantize(x, variant, split, rowwise, columnwise, seeds, without=None):
-    """x (T, m) as left (T, 1), right (1, m), and the residual in NVFP4 by row and by column, each
-    None where not wanted. seeds int32 (2,): round stochastically. without: see `split_off`."""
-    center_quantize = fp4.ops(x.device).center_quantize
-    noise = seeds, variant.headroom
-    if split in ("none", "mean") and not variant.hadamard and without is None:
-        mean, row, column = center_quantize(x, split == "mean", rowwise, columnwise, *noise)
-        left = None if mean is None else mean.new_ones(1, 1).expand(len(x), 1)
-        return left, mean, row, column
-    left, right, r = split_off(x, split, without)
-    row = center_quantize(r, False, True, False, *noise)[1] if rowwise else None
-    r = rotate_tokens(r) if variant.hadamard else r
-    column = center_quantize(r, False, False, True, *noise)[2] if columnwise else None
-    return left, right, row, column
-
-
-def _round_mean(mean, variant, seed):
-    """A mean (1, m), FP32, as its own path sees it; seed None: to nearest."""
-    if variant.mean_format == "fp32":
-        return mean
-    if variant.mean_format == "bf16":
-        return fp4._bf16(mean).float()
-    noise = {} if seed is None else {"stochastic": True, "headroom": variant.headroom, "seed": seed}
-    return fp4.quantize(mean, **noise).dequantize()
-
-
-class _LinearVariant(torch.autograd.Function):
-    """fp4._LinearFP4 with the choices of a Variant."""
-
-    @staticmethod
-    def forward(ctx, x, w, variant):  # x (T, m), w (n, m)
-        need_dx, need_dw, _ = ctx.needs_input_grad
-        f, noisy_mean = fp4.ops(x.device), variant.mean_format == "nvfp4_sr"
-        seeds = draw_seeds(3, x.device) if variant.stochastic_x or noisy_mean else None
-        noise = seeds[:2] if variant.stochastic_x else None
-        massive = massive_tokens(x) if variant.massive else None
-        left, mu, r, r_col = _split_quantize(
-            x, variant, variant.split, True, need_dw, noise, massive
-        )
-        if variant.weight_1d:
-            _, w_q, w_col = f.center_quantize(w, False, columnwise=need_dx)
-        else:
-            w_q = w_col = f.quantize_weight(w)
-
-        # ------------ fprop: Y (T, n) = left (μ Wᵀ) + R~ W~ᵀ ------------
-        row = None
-        if mu is not None:
-            mu = _round_mean(mu, variant, seeds[2] if noisy_mean else None)
-            row = mu @ (w_q.dequantize() if variant.round_mean_weight else w.float()).t()
-        y = f.gemm(r, w_q.t(), x.dtype, row, left)
-        if variant.massive:
-            exact = x[massive].float()
-            y[massive] = (exact @ w.float().t()).to(y.dtype)
-
-        for_dx = (
-            (w if mu is not None else None, *w_col.tensors(), w_col.codes_col) if need_dx else ()
-        )
-        for_massive = (massive, exact) if variant.massive else (None, None)
-        for_dw = (*for_massive, left, mu, *r_col.tensors()) if need_dw else ()
-        ctx.save_for_backward(*for_dx, *for_dw)
-        ctx.variant, ctx.dtype, ctx.block = variant, w.dtype, w_col and w_col.block
-        ctx.rows = r_col.rows if need_dw else 0
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d):  # (T, n)
-        need_dx, need_dw, _ = ctx.needs_input_grad
-        variant, saved, dx, dw = ctx.variant, ctx.saved_tensors, None, None
-        f, seeds = fp4.ops(d.device), draw_seeds(3, d.device)
-        split = variant.split if variant.split_grad else "none"
-        split = "mean" if split == "project" else split
-        left, nu, s, s_col = _split_quantize(d, variant, split, need_dx, need_dw, seeds[:2])
-        nu = None if nu is None else _round_mean(nu, variant, seeds[2])
-
-        # ------------ dgrad: dX (T, m) = left (ν W) + S~ W~ ------------
-        if need_dx:
-            w, *w_col, codes_col = saved[:5]
-            w_col = NVFP4(*w_col, block=ctx.block, rows=d.shape[1], codes_col=codes_col)
-            row = None
-            if nu is not None:
-                row = nu @ (w_col.dequantize() if variant.round_mean_weight else w.float())
-            dx = f.gemm(s, w_col, d.dtype, row, left)
-
-        # ------------ wgrad: dW (n, m) = νᵀ (left_dᵀ left_x) μ + S~ᵀ R~ ------------
-        if need_dw:
-            massive, exact, left_x, mu, *r_col = saved[-7:]
-            r_col, outer = NVFP4(*r_col, block=(16, 1), rows=ctx.rows), None
-            if mu is not None and (nu is None or variant.split == "project" or variant.massive):
-                outer = d.float().t() @ left_x  # in full, with its part of the cross terms
-            elif mu is not None:
-                outer = nu.t() * (len(d) if split == "mean" else (left * left_x).sum())
-            dw = f.gemm(s_col.t(), r_col, mu.dtype if variant.cross_terms else ctx.dtype, mu, outer)
-            if variant.cross_terms:  # νᵀ (left_dᵀ R~) + (S~ᵀ left_x) μ
-                dw.addmm_(nu.t(), left.t() @ r_col.dequantize())
-                dw = dw.addmm_(s_col.t().dequantize() @ left_x, mu).to(ctx.dtype)
-            if variant.massive:
-                dw = dw + (d[massive].float().t() @ exact).to(dw.dtype)
-        return dx, dw, None
-
-
-# ------------------------------------------------------------------------------------------------
-# The causal test: a mean as strong as we like.
-
-
-@functools.cache
-def _direction(features, device):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(features, generator=generator).to(device)
-
-
-@dataclasses.dataclass(frozen=True)
-class AddedMean:
-    """A recipe that sees X with a mean added: a fixed random row of `rms` times the RMS of X, whose
-    product with W is taken off the output. In exact arithmetic nothing changes, neither the output
-    nor a gradient; what changes is what a mean of this strength does to the rounding."""
-
-    recipe: object
-    rms: float
-
-    def mean(self, x):
-        """What is added to every token of x (T, m): (m,), FP32, a constant to the gradient."""
-        size = x.detach().float().square().mean().sqrt()
-        return self.rms * size * _direction(x.shape[1], x.device).to(size.dtype)
-
-    def __call__(self, x, w):
-        mean = self.mean(x)
-        return (self.recipe(x + mean, w) - F.linear(mean, w.float())).to(x.dtype)
-
-
-def recipe_of(precision, added_mean=0.0):
-    """The recipe of a name in RECIPES; where it rounds to NVFP4, with a mean of this many RMS
-    added."""
-    recipe = RECIPES[precision]
-    return AddedMean(recipe, added_mean) if added_mean and precision.startswith("fp4") else recipe
+# A mean is added in these recipes, by so many RMS: added_mean and ablations of compare.py.
+ADDED = dict.fromkeys(("fp4", "fp4_mean", "fp4_mean_paper", "fp4_hadamard", "fp4_svd"), (4, 8))
+ADDED |= {f"fp4_mean_row_{path}": (4,) for path in ("bf16", "fp4", "fp4_sr", "weight")}
+ADDED |= {"fp4_mean_cross": (4,), "fp4_mean_x": (4,)}
+for name, strengths in ADDED.items():
+    for rms in strengths:
+        fp4.RECIPES[f"{name}_plus{rms}"] = LinearAddedMean, (name, rms)
