@@ -1,10 +1,7 @@
 """Pretrain a GPT in NVFP4, BF16, or any other recipe, on one CPU, one GPU or several.
 
     python train.py --precision fp4_mean              on a CPU the preset nano, about 5 minutes
-    python train.py --preset 124m --dataset fineweb
-    python train.py --preset smollm2 --precision fp4_mean
     python train.py --resume --out-dir out/nano-fp4_mean
-    torchrun --nproc-per-node 8 train.py --preset 124m --dataset fineweb --grad-accum 4
     torchrun --nproc-per-node 8 train.py --preset qwen3-0.6b --dataset fineweb --shard --recompute
 
 A run is a folder: config.json, metrics.jsonl, checkpoint.pt, loss.png. Whatever is random at a step
@@ -129,8 +126,11 @@ def parse(argv):
     if resume:
         if preset or not flags.get("out_dir"):
             parser.error("--resume takes the run's --out-dir, and no --preset")
-        config = Config(**load_checkpoint(flags["out_dir"])["config"] | flags)
-        return config, resume
+        then = load_checkpoint(flags["out_dir"])["config"]
+        for name in flags.keys() - FREE_ON_RESUME:
+            if flags[name] != then.get(name):
+                parser.error(f"the run in {flags['out_dir']} has {name} {then.get(name)}")
+        return Config(**then | flags), resume
     if not preset and "init" not in flags:
         gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
         preset = "small" if gpu else "nano"
@@ -141,13 +141,13 @@ def parse(argv):
     else:
         parser.error(f"no preset {preset!r}: there are {names}, and config.json files of runs")
     if values.get("init"):
-        path = Path(values["init"]) / "config.json"
-        if not path.exists():
-            parser.error(f"no run in {path.parent}. HINT: python -m tools.hf smollm2 {path.parent}")
+        path = values["init"]
+        if not Path(path).exists():
+            parser.error(f"no run in {path}. HINT: python -m tools.hf smollm2 {path}")
         given = {field.name for field in dataclasses.fields(ModelConfig)} - FREE_WITH_INIT
         if clash := given & flags.keys():
-            parser.error(f"{path.parent} has a {', '.join(clash)} of its own")
-        shape = json.loads(path.read_text())
+            parser.error(f"{path} has a {', '.join(clash)} of its own")
+        shape = load_checkpoint(path)["config"]
         values |= {name: shape[name] for name in given}
     config = Config(**values)
     name = Path(preset or config.init).stem
@@ -250,20 +250,16 @@ def save(path, model, optimizer, config, step, origin):
             torch.save(state, part)
             os.replace(part, path)
         except (OSError, RuntimeError) as error:  # a full disk can be either
+            part.unlink(missing_ok=True)
             raise SystemExit(f"error: cannot write {path}, the one before stays: {error}") from None
 
 
-def restore(path, model, optimizer, config, origin):
+def restore(path, model, optimizer, origin):
     """Load a checkpoint of this run into model and optimizer; returns its step."""
     state = load_checkpoint(path)
-    then, now = state["config"], dataclasses.asdict(config)
-    changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != then.get(k)]
-    if changed:
-        pairs = ", ".join(f"{k} {then.get(k)} is not {now[k]}" for k in changed)
-        raise SystemExit(f"error: the checkpoint has another config: {pairs}. HINT: --out-dir")
     for what in ("tokenizer_hash", "data"):  # the folder of the dataset may have moved
         if state[what] != origin[what]:
-            raise SystemExit(f"error: {what} of {config.dataset} is not that of the checkpoint")
+            raise SystemExit(f"error: the dataset's {what} is not that of {path}. HINT: --dataset")
     options = dcp.StateDictOptions(full_state_dict=True)
     dcp.set_model_state_dict(model, state["model"], options=options)
     if state["optimizer"]:
@@ -352,8 +348,13 @@ def main(argv=None):
     }
     config.vocab_size = config.vocab_size or -(-train_tokens.vocab_size // 64) * 64
     if config.vocab_size < train_tokens.vocab_size:
-        raise SystemExit(f"error: {config.dataset} has {train_tokens.vocab_size} tokens")
+        raise SystemExit(
+            f"error: vocab_size {config.vocab_size} is less than the {train_tokens.vocab_size} of "
+            f"{config.dataset}"
+        )
     windows = train_tokens.windows(config.block_size + 1)
+    rows = val_tokens.spaced(micro_batch, config.block_size + 1)
+    share_ids, _ = batch(val_tokens, rows, config, device)  # to measure the mean's share by
 
     # model and optimizer
     try:
@@ -379,13 +380,15 @@ def main(argv=None):
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     optimizer = make_optimizer(model, config)
-    step, metrics = 0, []
+    step = 0
     if resume:
-        step = restore(out / "checkpoint.pt", model, optimizer, config, origin)
-        metrics = read_metrics(out / "metrics.jsonl", step)
+        step = restore(out / "checkpoint.pt", model, optimizer, origin)
     if rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+        part = out / "metrics.part"
+        kept = read_metrics(out / "metrics.jsonl", step)
+        part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(part, out / "metrics.jsonl")
         if train_tokens.tokenizer not in TOKENIZERS:  # a run brings what reads its tokens
             encoding.save(out)
 
@@ -402,11 +405,8 @@ def main(argv=None):
     use_ddp = world_size > 1 and not config.shard
     if use_ddp:
         forward = DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
-    rows = val_tokens.spaced(micro_batch, config.block_size + 1)
-    share_ids, _ = batch(val_tokens, rows, config, device)  # to measure the mean's share by
 
     def log(**record):
-        metrics.append(record)
         if rank == 0:
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -491,6 +491,7 @@ def main(argv=None):
         say(f"seconds: {time.monotonic() - began:.1f}")
         say(f"out_dir: {out}")
         if rank == 0:
+            metrics = read_metrics(out / "metrics.jsonl", step + 1)
             plot(metrics, out / "loss.png", f"{config.precision}, {config.dataset}")
     lock.release()
     if world_size > 1:

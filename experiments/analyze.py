@@ -1,35 +1,32 @@
 """The mean in a trained model, what FP4 makes of it, and what each remedy does about it.
 
-    python experiments/analyze.py RUN/step-200.pt RUN/step-2000.pt   stages of a training (--keep)
-    python experiments/analyze.py hf/smollm2 --dataset shakespeare-smollm2 --tokens 1024 --seeds 2
-                                                                     a Hugging Face directory
-    python experiments/analyze.py experiments/results/analysis.json  tables again, no model
+    python -m experiments.analyze RUN/step-200.pt RUN/step-2000.pt  stages of a training (--keep)
+    python -m experiments.analyze out/smollm2 --dataset shakespeare-smollm2 --tokens 1024 --seeds 2
+                                                                    an imported model
+    python -m experiments.analyze experiments/results/analysis.json tables again, no model
 
 All is measured on one batch of held-out text, on the exact input X (T, m) and output gradient
 D (T, n) of every block linear, in FP32: what their mean over tokens is and does, also without the
 tokens of massive norm, the error that each remedy leaves in each GEMM, and the error of the whole
 FP4 gradient, split into bias and noise. For our own small models some is repeated with a strong
-mean added. The tables of the last stage are printed; --json keeps the numbers, and figures.py draws
-them.
+mean added. The tables of the last stage are printed; --json keeps the numbers, and
+experiments.figures draws them.
 """
 
+import argparse
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fp4
-from checkpoint import load_model, text_for
-from cli import Parser, UserError, number, script
-from experiments.recipes import RECIPES, AddedMean, massive_tokens, rotate_tokens
-from experiments.report import markdown, results
-from nvfp4 import _unpack, quantize
-from run import World
+from experiments.compare import markdown
+from experiments.eval import text_of
+from experiments.recipes import added_mean, massive_tokens, rotate_tokens
+from model import GPT
 
 ADDED = 0.0, 4.0  # means added to X, in RMS: only the model's own mean, and a strong one
 TITLES = {"0": "the model's own mean", "4": "and a mean of 4 RMS added"}
@@ -71,43 +68,12 @@ def leading_share(x):
     return (torch.linalg.eigvalsh(gram)[-1] / gram.trace()).item()
 
 
-def mean_cosine(x):
-    """The mean cosine similarity of two different tokens (Ethayarajh 2019, arXiv 1909.00512)."""
-    total = F.normalize(x).sum(0).square().sum()
-    return ((total - len(x)) / (len(x) * (len(x) - 1))).item()
+def mean_share(x):
+    return fp4.mean_share(x).item()
 
 
-def isoscore(x):
-    """IsoScore (Rudman et al. 2022, arXiv 2108.07344) of x - mean(x), if that is what is given: 1
-    if the variance is the same in all m directions, 0 if it is all in one.
-
-    Its seven steps amount to (p - 1) / (m - 1), p = (sum of lambda)^2 / sum of lambda^2 over the
-    eigenvalues of the covariance. Nothing is subtracted here, so of an x that is not centered the
-    mean counts as one more direction."""
-    gram = _gram(x)
-    participation = gram.trace().square() / gram.square().sum()
-    return ((participation - 1) / (x.shape[1] - 1)).item()
-
-
-def code_shares(x):
-    """How often each of the 16 codes of E2M1 occurs in NVFP4's x: (16,), sum 1."""
-    codes = _unpack(quantize(x).codes, (1, 16))
-    return torch.bincount(codes.flatten(), minlength=16) / codes.numel()
-
-
-def code_entropy(x):
-    """Bits a code carries, of 4."""
-    return -torch.special.xlogy(p := code_shares(x), p).sum().item() / math.log(2)
-
-
-def scale_spread(x):
-    """The standard deviation of log2 of NVFP4's nonzero block scales: octaves."""
-    scales = quantize(x).scales.float()
-    return scales[scales > 0].log2().std(correction=0).item()
-
-
-WITHOUT = {
-    "mean_share": lambda x: fp4.mean_share(x).item(),
+MEASURES = {
+    "mean_share": mean_share,
     "alignment": mean_alignment,
     "leading_share": leading_share,
     "top_explained": top_explained,
@@ -125,30 +91,14 @@ def massive(x):
         "tokens": tokens.tolist(),
         "to_median": (energy.max() / energy.median()).sqrt().item(),
         "energy": (energy[tokens].sum() / energy.sum()).item(),
-        "without": {name: measure(rest) for name, measure in WITHOUT.items()},
+        "without": {name: measure(rest) for name, measure in MEASURES.items()},
     }
 
 
 def diagnose(x):
-    """The diagnostics of x, by name; those in a pair are before and after centering."""
+    """MEASURES of x, and what its massive tokens are."""
     x = x.double()
-    pairs = {
-        "leading_share": leading_share,
-        "mean_cosine": mean_cosine,
-        "isoscore": isoscore,
-        "code_entropy": code_entropy,
-        "scale_spread": scale_spread,
-        "amax": lambda x: x.abs().max().item(),
-    }
-    share = fp4.mean_share(x).item()
-    return {
-        "mean_share": share,
-        "R": math.sqrt(share),
-        "alignment": mean_alignment(x),
-        "top_explained": top_explained(x),
-        **{name: [f(x), f(x - x.mean(0))] for name, f in pairs.items()},
-        "massive": massive(x),
-    }
+    return {name: measure(x) for name, measure in MEASURES.items()} | {"massive": massive(x)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,7 +176,12 @@ COLUMNS = "fprop", "fprop varying", "dgrad", "dgrad varying", "wgrad"
 
 def rounding(block=(1, 16), stochastic=False):
     """A function that rounds a matrix to NVFP4 and back, in these blocks unless told others."""
-    return lambda x, block=block: quantize(x, block=block, stochastic=stochastic).dequantize()
+
+    def round_trip(x, block=block):
+        seed = torch.randint(2**31 - 1, ()).item() if stochastic else None
+        return fp4.quantize(x, block, seed).dequantize()
+
+    return round_trip
 
 
 def gemms(x, w, d, remedy):
@@ -237,7 +192,7 @@ def gemms(x, w, d, remedy):
         y, dx = remedy(x, w, near, blocks), remedy(d, w.t(), random, blocks)
         return y, dx, remedy(d.t(), x.t(), random, near)
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-    y = RECIPES[remedy](x, w)
+    y = fp4.linear(x, w, remedy)
     return y.detach(), *torch.autograd.grad(y, (x, w), d)
 
 
@@ -261,7 +216,7 @@ def remedy_errors(tensors, weights, rms):
     for linear, (x, d) in tensors.items():
         w, x, d = weights[linear], x[: len(x) // 16 * 16], d[: len(d) // 16 * 16]
         unit = (d.t() @ x).norm().item()
-        x = x + AddedMean(None, rms).mean(x)
+        x = x + added_mean(x, rms)
         exact = gemms(x, w, d, "fp32")
         for name, (remedy, _) in REMEDIES.items():
             torch.manual_seed(0)
@@ -279,7 +234,7 @@ def first_tokens(x, w, length):
     along, y = x @ x.mean(0), x @ w.t()
     found = {"along": (along[first].mean() / along[~first].mean()).item()}
     for recipe in FIRST:
-        error = RECIPES[recipe](x, w).detach() - y
+        error = fp4.linear(x, w, recipe).detach() - y
         found[recipe] = [(error[rows].norm() / y[rows].norm()).item() for rows in (first, ~first)]
     return found
 
@@ -305,21 +260,21 @@ def split_error(pairs):
         sums += torch.stack((bias, noise, mean @ exact, size, exact @ exact))
     bias, noise, dot, size, norm = sums.tolist()
     parts = bias + noise, max(bias, 0.0), noise
-    return [math.sqrt(p / norm) for p in parts] + [dot / math.sqrt(size * norm)]
+    return [*(math.sqrt(part / norm) for part in parts), dot / math.sqrt(size * norm)]
 
 
 def gradients(model, layers, ids, targets, recipe):
     """{parameter: gradient of the loss}, with this recipe in every block linear."""
     for layer in layers.values():
-        layer.recipe = RECIPES[recipe]
+        layer.recipe = recipe
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(model(ids, targets), parameters)
     return dict(zip(names, grads, strict=True))
 
 
 def gradient_errors(model, layers, ids, targets, seeds):
-    """{recipe: {"whole" or a linear: [error, bias, noise, cosine]}}. To nearest, the rounding in
-    the forward pass is the same in every draw, so its error counts as bias, on this batch."""
+    """{recipe: {"whole": [error, bias, noise, cosine]}}. To nearest, the rounding in the forward
+    pass is the same in every draw, so its error counts as bias, on this batch."""
     exact = gradients(model, layers, ids, targets, "fp32")
     result = {}
     for recipe in GRADIENTS:
@@ -327,12 +282,8 @@ def gradient_errors(model, layers, ids, targets, seeds):
         for seed in range(seeds):
             torch.manual_seed(seed)
             draws.append(gradients(model, layers, ids, targets, recipe))
-
-        def pair(name, draws=draws):
-            return torch.stack([d[name].flatten() for d in draws]), exact[name].flatten()
-
-        result[recipe] = {"whole": split_error(map(pair, exact))}
-        result[recipe] |= {name: split_error([pair(f"{name}.weight")]) for name in layers}
+        pairs = ((torch.stack([d[n].flatten() for d in draws]), exact[n].flatten()) for n in exact)
+        result[recipe] = {"whole": split_error(pairs)}
     return result
 
 
@@ -341,14 +292,16 @@ def gradient_errors(model, layers, ids, targets, seeds):
 
 
 def open_model(path, dataset, tokens, device):
-    """A checkpoint, a run's folder or a Hugging Face directory: the model in FP32, ids and targets
-    (B, T) of about this many tokens of held-out text, evenly spaced, and the means to add: of a
-    model that came from elsewhere its own alone."""
-    model, origin = load_model(path, device, "fp32")
-    _, val = text_for(path, origin, dataset)
+    """A run's folder or checkpoint: the model in FP32, ids and targets (B, T) of about this many
+    tokens of held-out text, evenly spaced, and the means to add, to a model that came from
+    elsewhere its own alone."""
+    model = GPT.load(path, device, "fp32")
+    val = text_of(model.run, dataset, "val")
     length = min(model.config.block_size, 512, tokens) + 1
-    rows = val.batch(val.spaced(max(1, tokens // (length - 1)), length), length).to(device)
-    return model, rows[:, :-1], rows[:, 1:], ADDED[:1] if origin["init"] else ADDED
+    windows = val.batch(val.spaced(max(1, tokens // (length - 1)), length), length).to(device)
+    config = model.run["config"]
+    trained_here = config.get("dataset") and not config.get("init")
+    return model, windows[:, :-1], windows[:, 1:], ADDED if trained_here else ADDED[:1]
 
 
 def capture(model, layers, ids, targets):
@@ -381,12 +334,6 @@ def analyze(path, dataset, tokens, seeds, device):
     x = tensors[largest][0]
     mean = x.mean(0)
     first = 16 * mean.square().unfold(0, min(CROP, len(mean)), 16).sum(1).argmax().item()
-    codes, images = {}, {}
-    for rms in added:
-        y = x + AddedMean(None, rms).mean(x)
-        codes[f"{rms:g}"] = [code_shares(y).tolist(), code_shares(y - y.mean(0)).tolist()]
-        crop = y[:CROP, first : first + CROP].tolist()
-        images[f"{rms:g}"] = {"share": fp4.mean_share(y).item(), "x": crop}
     return {
         "name": path.parent.name if path.name == "checkpoint.pt" else path.name.removesuffix(".pt"),
         "tokens": ids.numel(),
@@ -396,9 +343,8 @@ def analyze(path, dataset, tokens, seeds, device):
         "gradients": gradient_errors(model, layers, ids, targets, seeds),
         "largest": {
             "linear": largest,
-            "codes": codes,
             "first": first,
-            "images": images,
+            "images": {"0": {"x": x[:CROP, first : first + CROP].tolist()}},
             "mean": mean[first : first + CROP].tolist(),
         },
     }
@@ -425,82 +371,101 @@ def over_blocks(values):
     return f"{statistics.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
 
 
+def kind_of(linear):
+    """ffn.down of blocks.3.ffn.down."""
+    return linear.split(".", 2)[2]
+
+
+def table_of_measures(linears):
+    kinds = {}
+    for name, sides in linears.items():
+        for side, measures in sides.items():
+            kinds.setdefault((kind_of(name), side), []).append(measures)
+    rows = []
+    for key, every in kinds.items():
+        rows.append((*key, *(over_blocks([m[n] for m in every]) for n in MEASURES)))
+    return markdown(("linears", "", *(n.replace("_", " ") for n in MEASURES)), rows)
+
+
+def table_of_massive_tokens(linears):
+    columns = "X of", "massive tokens", "largest norm, medians", "share of the energy"
+    rows = []
+    for name, sides in linears.items():
+        found = sides["X"].get("massive")
+        if not found:
+            continue
+        tokens = ", ".join(map(str, found["tokens"][:4]))
+        if len(found["tokens"]) > 4:
+            tokens += ", ..."
+        cells = [name, tokens, f"{found['to_median']:.1f}", f"{found['energy']:.3f}"]
+        for measure, without in found["without"].items():
+            with_all = sides["X"][measure]
+            if isinstance(with_all, list):
+                with_all = with_all[0]  # not centered
+            cells.append(f"{with_all:.2g} → {without:.2g}")
+        rows.append(cells)
+    return markdown((*columns, *(n.replace("_", " ") for n in MEASURES)), rows)
+
+
+def table_of_first_tokens(first):
+    kinds = {}
+    for name, found in first.items():
+        kinds.setdefault(kind_of(name), []).append(found)
+    names = list(found)
+    rows = []
+    for kind, every in kinds.items():
+        rows.append((kind, *(over_blocks([f[n] for f in every]) for n in names)))
+    return markdown(("linears", "first token's component along the mean", *names[1:]), rows)
+
+
 def tables(stage):
     """The printed tables of a stage, in Markdown."""
-    kinds, rows = {}, []
-    for name, sides in stage["linears"].items():
-        for side, measures in sides.items():
-            kinds.setdefault((name.split(".", 2)[2], side), []).append(measures)
-    names = [n for n in measures if n != "massive"]
-    for key, every in kinds.items():
-        rows.append((*key, *(over_blocks([m[n] for m in every]) for n in names)))
-    yield f"{stage['name']}, {stage['tokens']} tokens: medians over blocks (range), or → centered"
-    yield markdown(("linears", "", *(n.replace("_", " ") for n in names)), rows)
-    rows = []
-    for name, sides in stage["linears"].items():
-        if found := sides["X"].get("massive"):
-            which = ", ".join(map(str, found["tokens"][:4])) + ", ..." * (len(found["tokens"]) > 4)
-            numbers = f"{found['to_median']:.1f}", f"{found['energy']:.3f}"
-            pairs = ((sides["X"][n], v) for n, v in found["without"].items())
-            pairs = ((a[0] if isinstance(a, list) else a, b) for a, b in pairs)
-            rows.append((name, which, *numbers, *(f"{a:.2g} → {b:.2g}" for a, b in pairs)))
-    if rows:
-        columns = "X of", "massive tokens", "largest norm, medians", "share of the energy"
-        without = (n.replace("_", " ") for n in WITHOUT)
+    linears = stage["linears"]
+    yield f"{stage['name']}, {stage['tokens']} tokens: medians over blocks (range)"
+    yield table_of_measures(linears)
+    if any(sides["X"].get("massive") for sides in linears.values()):
         yield "tokens with 4 times the RMS norm: all → without them"
-        yield markdown((*columns, *without), rows)
-    kinds = {}
-    for name, found in stage.get("first", {}).items():
-        kinds.setdefault(name.split(".", 2)[2], []).append(found)
-    if kinds:
-        names = list(found)
+        yield table_of_massive_tokens(linears)
+    if "first" in stage:
         yield "fprop's relative error on the first token of a sequence → on the others, medians"
-        rows = [
-            (k, *(over_blocks([f[n] for f in every]) for n in names)) for k, every in kinds.items()
-        ]
-        yield markdown(("linears", "first token's component along the mean", *names[1:]), rows)
+        yield table_of_first_tokens(stage["first"])
     for rms, errors in stage["remedies"].items():
         rows = [(n, *(f"{v:.4f}" for v in e), REMEDIES[n][1]) for n, e in errors.items()]
         yield f"relative error of each GEMM, {TITLES[rms]}"
         yield markdown(("remedy", *COLUMNS, "costs"), rows)
-    rows = []
-    for recipe, errors in stage["gradients"].items():
-        worst = max(stage["linears"], key=lambda n: errors[n][0])
-        rows.append((f"`{recipe}`", *(f"{v:.4f}" for v in errors["whole"])))
-        rows[-1] += (f"{worst} {errors[worst][0]:.4f}",)
+    rows = [(f"`{n}`", *(f"{v:.4f}" for v in e["whole"])) for n, e in stage["gradients"].items()]
     yield "the whole gradient"
-    yield markdown(("recipe", "relative error", "bias", "noise", "cosine", "worst linear"), rows)
+    yield markdown(("recipe", "relative error", "bias", "noise", "cosine"), rows)
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("paths", nargs="+", type=Path, metavar="path", help="see above")
     parser.add_argument("--dataset", help="a folder under data/, or a path to one (the run's)")
-    parser.add_argument("--tokens", type=number(int, 16), default=2048, help="of that text (2048)")
-    parser.add_argument("--seeds", type=number(int, 2), default=4, help="of the rounding (4)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of that text (2048)")
+    parser.add_argument("--seeds", type=int, default=4, help="of the rounding, 2 or more (4)")
     parser.add_argument("--json", type=Path, help="keep the numbers there")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    path = args.paths[0]
-    if path.suffix == ".json":
-        if args != parser.parse_args([str(path)]):
-            raise UserError(f"{path} holds numbers: it takes no other argument")
-        with results(path) as stages:
-            print("\n\n".join(tables(stages[-1])))
+    if args.paths[0].suffix == ".json":
+        stages = json.loads(args.paths[0].read_text())
     else:
-        device, stages = World(args.device).device, []
-        print(fp4.backend(device), flush=True)
+        print(fp4.use_fast_path(torch.device(args.device)), flush=True)
+        stages = []
         for path in args.paths:
-            stages.append(analyze(path, args.dataset, args.tokens, args.seeds, device))
+            stage = analyze(path, args.dataset, args.tokens, args.seeds, args.device)
+            stages.append(rounded(stage))
             shares = [v["X"]["mean_share"] for v in stages[-1]["linears"].values()]
             print(f"{stages[-1]['name']}: mean share {statistics.mean(shares):.3f}", flush=True)
         for stage in stages[:-1]:
             del stage["largest"]
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(rounded(stages), separators=(",", ":")) + "\n")
-        print("\n\n".join(tables(stages[-1])))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(stages, separators=(",", ":")) + "\n")
+    print("\n\n".join(tables(stages[-1])))
 
 
 if __name__ == "__main__":
-    script(main)
+    main()

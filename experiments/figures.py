@@ -1,30 +1,24 @@
 """Draw all figures, from numbers alone.
 
-    python experiments/figures.py           experiments/results/*.json -> experiments/assets/*.png
-    python experiments/figures.py FOLDER    FOLDER/*.json, named like those -> FOLDER/*.png
-    python experiments/figures.py --nano out/nano-bf16 out/nano-fp4 out/nano-fp4_mean
+    python -m experiments.figures           experiments/results/*.json -> experiments/assets/*.png
+    python -m experiments.figures FOLDER    FOLDER/*.json, named like those -> FOLDER/*.png
+    python -m experiments.figures --nano out/nano-bf16 out/nano-fp4 out/nano-fp4_mean
                                             first make nano.json, from the metrics of these runs
 
 Errors are standard errors over seeds.
 """
 
+import argparse
 import json
-import os
 import statistics
-import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
-
-os.environ["MPLBACKEND"] = "agg"  # a notebook's need not be installed here
-import matplotlib
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import read_metrics
-from cli import Parser, UserError, read_json, script
-from experiments.report import label, results, summary
+from experiments.compare import label, summary
 from fp4 import quantize
 
 HERE = Path(__file__).resolve().parent
@@ -196,7 +190,9 @@ def draw_stripes(stages):
     figure, axes = panels(11, 3.1, 4, sharey=True)
     for ax, (title, (values, limit)) in zip(axes, shown.items(), strict=True):
         extent = (largest["first"], largest["first"] + x.shape[1], len(x), 0)
-        drawn = ax.imshow(values / size, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+        drawn = ax.imshow(
+            (values / size).numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent
+        )
         ax.set_title(title, fontsize=9)
         if ax in axes[1::2]:
             bar = figure.colorbar(
@@ -279,44 +275,43 @@ FIGURES = {  # of a JSON file: the figures drawn from it
 }  # fmt: skip
 
 
-def loss_curves(runs):
-    """{precision: {"train": [[step, mean of SMOOTH losses], ...], "val": [[step, loss], ...]}}."""
-    curves = {}
-    for run in runs:
-        records, train = read_metrics(run), []
-        losses = [(m["step"], m["loss"]) for m in records if "loss" in m]
-        for i in range(0, len(losses) - SMOOTH + 1, SMOOTH):
-            steps, values = zip(*losses[i : i + SMOOTH], strict=True)
-            train.append([steps[SMOOTH // 2], round(statistics.mean(values), 4)])
-        val = [[m["step"], round(m["val_loss"], 4)] for m in records if "val_loss" in m]
-        if not train or not val:
-            raise UserError(f"{run} is no run of {SMOOTH} steps or more")
-        curves[read_json(Path(run) / "config.json")["precision"]] = {"train": train, "val": val}
-    if "bf16" not in curves or curves.keys() - STYLES.keys():
-        raise UserError(f"--nano takes runs of bf16 and {', '.join(STYLES.keys() - {'bf16'})}")
-    return curves
+def loss_curves(run):
+    """{"train": [[step, mean of SMOOTH losses], ...], "val": [[step, loss], ...]} of a run."""
+    records = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    losses = [(m["step"], m["loss"]) for m in records if "loss" in m]
+    train = []
+    for i in range(0, len(losses) - SMOOTH + 1, SMOOTH):
+        steps, values = zip(*losses[i : i + SMOOTH], strict=True)
+        train.append([steps[SMOOTH // 2], round(statistics.mean(values), 4)])
+    val = [[m["step"], round(m["val_loss"], 4)] for m in records if "val_loss" in m]
+    return {"train": train, "val": val}
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", nargs="?", type=Path, help="(experiments/results)")
     parser.add_argument("--nano", nargs="+", metavar="RUN", help="make nano.json from these runs")
     args = parser.parse_args(argv)
     source, target = args.folder or HERE / "results", args.folder or HERE / "assets"
     if args.nano:
-        text = json.dumps(loss_curves(args.nano), separators=(",", ":"))
-        (source / "nano.json").write_text(text.replace("]]},", "]]},\n") + "\n")
+        curves = {}
+        for run in args.nano:
+            config = json.loads(Path(run, "config.json").read_text())
+            curves[config["precision"]] = loss_curves(run)
+        text = json.dumps(curves, separators=(",", ":")).replace("]]},", "]]},\n")
+        (source / "nano.json").write_text(text + "\n")
+    matplotlib.rcParams.update({"font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9})
     found = [source / f"{name}.json" for name in FIGURES if (source / f"{name}.json").exists()]
     if not found:
-        raise UserError(f"{source} has none of {', '.join(FIGURES)}.json")
-    matplotlib.rcParams.update({"font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9})
+        raise SystemExit(f"error: {source} has none of {', '.join(FIGURES)}.json")
     for path in found:
+        stored = json.loads(path.read_text())
         for name, draw in FIGURES[path.stem].items():
-            with results(path) as stored:
-                figure = draw(stored)
-            figure.savefig(target / f"{name}.png", dpi=150)
+            draw(stored).savefig(target / f"{name}.png", dpi=150)
             print(target / f"{name}.png")
 
 
 if __name__ == "__main__":
-    script(main)
+    main()

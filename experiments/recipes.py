@@ -179,11 +179,8 @@ class LinearVariant(torch.autograd.Function):
             x_massive = x[massive].float()
             y[massive] = fp4.mm(x_massive, w.float().t()).to(y.dtype)
 
-        saved_w = saved_r = (None, None, None)
-        if need_dx:
-            saved_w = w_t.tensors()
-        if need_dw:
-            saved_r = r_t.tensors()
+        saved_w = w_t.tensors() if need_dx else (None, None, None)
+        saved_r = r_t.tensors() if need_dw else (None, None, None)
         ctx.save_for_backward(w, *saved_w, left, mu, *saved_r, massive, x_massive)
         ctx.variant = variant
         return y

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import errno
+import io
 import json
 import math
 import os
@@ -14,18 +14,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fp4
-import model as model_module
 import sample
 import train
 from data.shards import Tokens, load, write_dataset
 from data.tokenizer import BYTE, EOT, encode, get_encoding
-from model import GPT, load_checkpoint
+from model import GPT, Block, ModelConfig, load_checkpoint
 from train import Config, generator_for, seed_for
 
 ROOT = Path(train.__file__).parent
@@ -39,27 +39,19 @@ PLUS = [name for name in fp4.RECIPES if "plus" in name]
 RECIPES = [name for name in fp4.RECIPES if name not in PLUS[1:]]
 
 
-def text_of(words):
-    return " ".join(np.random.default_rng(0).choice(words.split(), 3000))
-
-
-def write_tokens(directory, encoding, text):
+def prepare(folder, encoding, words, length=2000):
+    """The path of a config, its dataset beside it, with a training split of this length."""
+    text = " ".join(np.random.default_rng(0).choice(words.split(), 3000))
     tokens = encode(encoding, [text])
-    cut = len(tokens) * 8 // 10
-    write_dataset(directory, encoding, {"train": tokens[:cut], "val": tokens[cut:]})
-    return directory
+    write_dataset(folder / "data", encoding, {"train": tokens[:length], "val": tokens[length:]})
+    (folder / "tiny.json").write_text(json.dumps(TINY | {"dataset": str(folder / "data")}))
+    return folder / "tiny.json"
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The path of a config, its dataset beside it."""
-    directory = tmp_path_factory.mktemp("tiny")
-    tokens = encode(get_encoding("bytes"), [text_of("the cat sat on a mat and then it ran")])
-    splits = {"train": tokens[:8000], "val": tokens[8000:]}
-    write_dataset(directory / "data", get_encoding("bytes"), splits)
-    preset = directory / "tiny.json"
-    preset.write_text(json.dumps(TINY | {"dataset": str(directory / "data")}))
-    return preset
+    words = "the cat sat on a mat and then it ran"
+    return prepare(tmp_path_factory.mktemp("tiny"), get_encoding("bytes"), words, 8000)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +86,12 @@ def resume(out, *argv, **fields):
 
 
 def refused(call, *args, **fields):
-    """The one line with which a run ends."""
-    with pytest.raises(SystemExit) as stop:
+    """The one line with which a run ends. argparse prints it; all else hands it to SystemExit."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed, pytest.raises(SystemExit) as stop:
         call(*args, **fields)
-    message = stop.value.code
-    assert message.startswith("error: ") and "\n" not in message
-    return message
+    (line,) = (printed.getvalue() if stop.value.code == 2 else stop.value.code).splitlines()
+    assert "error: " in line
+    return line
 
 
 PLAIN = "import os, signal, sys, fp4, train; fp4.use_fast_path = lambda device: 'plain PyTorch'\n"
@@ -114,32 +106,28 @@ train.learning_rate = learning_rate
 """
 
 
-def processes(size, code, *argv, **fields):
-    """train.py after this code in as many processes, as torchrun starts them: their exit codes, and
-    what the first one printed."""
+def processes(size, code, *argv, ends=0, **fields):
+    """train.py after this code in as many processes, as torchrun starts them: what the first one
+    printed. ends: the exit code of all, or if not 0 of one of them."""
     command = [sys.executable, "-c", PLAIN + code + MAIN, *map(str, argv), *flags(fields)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(size)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        environment["MASTER_PORT"] = str(free.getsockname()[1])
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group |= {"WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
     started = []
     for rank in range(size):
-        pipe = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        started.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment | ranks, stdout=pipe, stderr=pipe, text=True
-            )
-        )
+        environment = os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        pipes = {"stdout": output, "stderr": output, "text": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
     try:
         stdout, stderr = started[0].communicate(timeout=100)
         codes = [process.wait(timeout=20) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert any(codes) or "Error" not in stderr, stderr
-    return codes, stdout, stderr
+    assert ends in codes and (ends or not any(codes)), stderr
+    return stdout
 
 
 def metrics(out):
@@ -169,10 +157,11 @@ def assert_same_run(a, b):
     assert_same_tensors(tensors(a), tensors(b))
 
 
-def assert_close_runs(a, b, but=()):
+def assert_close_runs(a, b):
+    """But for mean_share, which is that of what a process rounds at a time."""
     for left, right in zip(metrics(a), metrics(b), strict=True):
-        for key in but:
-            left.pop(key, None), right.pop(key, None)
+        left.pop("mean_share", None)
+        right.pop("mean_share", None)
         assert left == pytest.approx(right, rel=2e-5)
 
 
@@ -203,9 +192,9 @@ def test_a_run_is_a_folder_a_sample_and_a_summary(tiny, tmp_path, capsys):
     assert set(files(out)) == {"config.json", "metrics.jsonl", "checkpoint.pt", "loss.png"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert [line[:19] for line in printed.splitlines() if "  lr " in line] == [
-        f"step {step:6d}  loss {losses(out)[step - 1]:.1f}"[:19] for step in (5, 10)
-    ]
+    for step in (5, 10):  # log_interval 5
+        assert f"step {step:6d}  loss {losses(out)[step - 1]:.4f}  lr " in printed
+    assert printed.count("  lr ") == 2
     text, _, lines = printed.split("--- sample ---\n")[1].rpartition("\n---\n")
     assert text
     summary = dict(line.split(": ") for line in lines.splitlines())
@@ -217,24 +206,10 @@ def test_a_run_is_a_folder_a_sample_and_a_summary(tiny, tmp_path, capsys):
     assert (int(summary["parameters"]), int(summary["tokens"])) == (parameters, 10 * 4 * 32)
 
 
-def test_plotting_needs_nothing_that_another_import_brings():
-    """A run of hours must not end without its curve."""
-    code = "import train; train.plot([{'step': 0, 'loss': 1.0}], sys.argv[1], '')"
-    command = [sys.executable, "-c", f"import sys; {code}", os.devnull + ".png"]
-    command[-1] = "/dev/stdout"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_loss_falls(whole):
-    val = [m["val_loss"] for m in metrics(whole) if "val_loss" in m]
-    assert val[0] == pytest.approx(math.log(320), abs=0.05)
-    assert val[-1] < 3.2 and losses(whole)[-1] < 3.2
-
-
 @pytest.mark.parametrize("precision", RECIPES)
 def test_every_recipe_trains(precision, tiny, tmp_path):
-    first, second = losses(run(tiny, tmp_path, precision=precision, max_steps=2, warmup_steps=0))
+    fields = {"n_layer": 1, "max_steps": 2, "warmup_steps": 0}
+    first, second = losses(run(tiny, tmp_path, precision=precision, **fields))
     assert first == pytest.approx(math.log(320), abs=0.05)
     assert second < first - 0.2
 
@@ -243,8 +218,8 @@ def test_every_recipe_trains(precision, tiny, tmp_path):
     ("precision", "loss", "val_loss", "tolerance"),
     [
         ("bf16", 2.91206, 2.92442, 2e-4),
-        ("fp4", 2.92084, 2.93191, 2e-3),
-        ("fp4_mean", 2.90679, 2.91753, 2e-3),
+        ("fp4", 2.92548, 2.93551, 2e-3),
+        ("fp4_mean", 2.90597, 2.91601, 2e-3),
     ],
 )
 def test_ten_steps_end_at_a_known_loss(precision, loss, val_loss, tolerance, tiny, tmp_path):
@@ -271,12 +246,6 @@ def test_precisions_start_from_the_same_weights_and_see_the_same_batches(tiny, t
     assert len(windows[0]["train"]) == 4 and windows[0]["train"][0] != windows[0]["train"][1]
 
 
-def test_the_seed_orders_the_data(tiny, tmp_path, starts):
-    for seed in (1, 2):
-        run(tiny, tmp_path / str(seed), precision="bf16", max_steps=2, seed=seed)
-    assert starts["train"][:2] != starts["train"][2:]
-
-
 def test_evaluation_sees_the_same_windows_and_changes_nothing(tiny, tmp_path, starts):
     """Also where the forward pass draws noise."""
     fields = {"precision": "fp4_mean_sr", "max_steps": 4}
@@ -300,33 +269,29 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(tiny, tmp_path):
     assert val[0] == pytest.approx(val[1], abs=1e-6)
 
 
-def test_a_config_json_repeats_its_run(whole, tmp_path):
-    assert_same_run(run(whole / "config.json", tmp_path / "run"), whole)
-
-
 # Interrupted runs.
 
 
 def test_a_killed_run_resumes_bit_for_bit(tiny, whole, tmp_path):
     """And its lock ends with it."""
     out = tmp_path / "run"
-    codes, _, _ = processes(1, SIGNAL.format("SIGKILL"), "--preset", tiny, out_dir=out)
-    assert codes == [-signal.SIGKILL]
+    killed = {"ends": -signal.SIGKILL, "out_dir": out}
+    processes(1, SIGNAL.format("SIGKILL"), "--preset", tiny, **killed)
     assert load_checkpoint(out)["step"] == 4 and len(losses(out)) == 5
     resume(out)
     assert_same_run(out, whole)
 
 
 def test_ctrl_c_saves_at_once_and_the_run_resumes_bit_for_bit(tiny, whole, tmp_path):
+    """With --keep the checkpoint of every evaluation stays, and not that of the interruption."""
     out = tmp_path / "run"
-    argv = SIGNAL.format("SIGINT"), "--preset", tiny, "--keep"
-    codes, printed, errors = processes(1, *argv, out_dir=out)
-    assert (codes, errors) == ([0], "")
+    printed = processes(1, SIGNAL.format("SIGINT"), "--preset", tiny, "--keep", out_dir=out)
     assert printed.splitlines()[-1].startswith("stopped at step 6 and saved")
     assert load_checkpoint(out)["step"] == 6
-    assert sorted(path.name for path in out.glob("step-*.pt")) == ["step-0.pt", "step-4.pt"]
     resume(out)
     assert_same_run(out, whole)
+    kept = {int(path.stem[5:]): load_checkpoint(path)["step"] for path in out.glob("step-*.pt")}
+    assert kept == {0: 0, 4: 4, 8: 8, 10: 10}
 
 
 def test_a_torn_last_record_does_not_stop_a_resume(copy, whole):
@@ -340,13 +305,6 @@ def test_a_finished_run_goes_on_when_asked_for_more_steps(copy, whole):
     resume(copy, max_steps=12)
     assert metrics(copy)[:-3] == metrics(whole)[:-1]
     assert [m["step"] for m in metrics(copy)[-3:]] == [10, 11, 12]
-
-
-def test_keep_leaves_the_checkpoint_of_every_evaluation(tiny, tmp_path):
-    run(tiny, tmp_path, "--keep", precision="bf16")
-    kept = {int(path.stem[5:]): load_checkpoint(path)["step"] for path in tmp_path.glob("step-*")}
-    assert kept == {0: 0, 4: 4, 8: 8, 10: 10}
-    assert (tmp_path / "step-10.pt").read_bytes() == (tmp_path / "checkpoint.pt").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -367,10 +325,8 @@ def test_resume_refuses_another_config_and_names_the_fields(fields, named, copy)
 def test_a_run_whose_dataset_has_moved_resumes(tiny, copy, whole, tmp_path):
     """Bit for bit: data is what it is, wherever it lies."""
     data = shutil.copytree(tiny.parent / "data", tmp_path / "data")
-    shutil.copy(copy / "checkpoint.pt", copy / "last.pt")
-    resume(copy, dataset=data, max_steps=11)
-    assert metrics(copy)[:-2] == metrics(whole)[:-1]
-    assert_same_tensors(tensors(copy / "last.pt"), tensors(whole))
+    resume(copy, dataset=data)
+    assert_same_run(copy, whole)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -387,25 +343,21 @@ def test_resume_refuses_other_data(split, tiny, copy, tmp_path):
 
 def test_a_run_knows_its_tokenizer(tmp_path, capsys):
     """Its dataset is prepared again, with another tokenizer, in the same place."""
-    text = text_of("to be or not that is the question")
-    data = write_tokens(tmp_path / "data", get_encoding("plays"), text)
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY | {"dataset": str(data)}))
-    out = run(tmp_path / "tiny.json", tmp_path / "run", precision="bf16", max_steps=4)
+    words = "to be or not that is the question"
+    preset = prepare(tmp_path, get_encoding("plays"), words)
+    out = run(preset, tmp_path / "run", precision="bf16", max_steps=4)
     before = continuation(capsys, out)
-    write_tokens(data, get_encoding("bytes"), text)
+    prepare(tmp_path, get_encoding("bytes"), words)
     assert "tokenizer" in refused(resume, out, max_steps=8)
     assert continuation(capsys, out) == before
 
 
 def test_a_run_keeps_a_tokenizer_that_is_none_of_ours(tmp_path, capsys):
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    write_tokenizer(theirs, range(256))
-    data = write_tokens(tmp_path / "data", get_encoding(theirs), text_of("a cat sat"))
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY | {"dataset": str(data)}))
-    out = run(tmp_path / "tiny.json", tmp_path / "run", precision="bf16", max_steps=4)
-    shutil.rmtree(theirs)
-    shutil.rmtree(data)
+    write_tokenizer(tmp_path, range(256))
+    preset = prepare(tmp_path, get_encoding(tmp_path), "a cat sat")
+    out = run(preset, tmp_path / "run", precision="bf16", max_steps=4)
+    (tmp_path / "tokenizer.json").unlink()
+    shutil.rmtree(tmp_path / "data")
     assert continuation(capsys, out).startswith("the cat")
     write_tokenizer(out / "tokenizer", range(255, -1, -1))
     assert "tokenizer" in refused(continuation, capsys, out)
@@ -420,49 +372,27 @@ def test_another_run_is_not_overwritten(tiny, copy):
     assert files(copy) == before
 
 
-@pytest.mark.parametrize("how", ["new", "resumed"])
-def test_a_folder_in_use_is_left_alone(how, tiny, copy, monkeypatch):
-    """While another process trains in it, which holds its lock."""
-    before, inside = files(copy), []
-    schedule = train.learning_rate
-
-    def learning_rate(step, config):
-        if not inside:
-            inside.append(True)
-            (copy / "checkpoint.pt").rename(copy / "away")
-            start = resume if how == "resumed" else lambda out: run(tiny, out)
-            message = refused(start, copy)
-            assert message == f"error: another process is training in {copy}"
-            (copy / "away").rename(copy / "checkpoint.pt")
-            assert {k: v for k, v in files(copy).items() if k != "config.json"}.keys() <= before.keys()
-        return schedule(step, config)
-
-    monkeypatch.setattr(train, "learning_rate", learning_rate)
-    resume(copy, max_steps=11)
-    assert inside and metrics(copy)[-1]["step"] == 11
+def test_a_folder_in_use_is_left_alone(tiny, copy, tmp_path):
+    """Also by a second run that finds no checkpoint of the first yet."""
+    before = files(copy)
+    for out, start in ((copy, resume), (tmp_path / "new", lambda out: run(tiny, out))):
+        with filelock.FileLock(out / ".lock"):
+            assert refused(start, out) == f"error: another process is training in {out}"
+    assert files(copy) == before and files(tmp_path / "new") == {}
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(copy):
-    before = (copy / "checkpoint.pt").read_bytes()
+@pytest.mark.parametrize("room", [1000, 50_000])  # for config.json, or for metrics too
+def test_a_full_disk_leaves_the_checkpoint_and_the_metrics_before_it(room, copy, whole):
+    before = files(copy)["checkpoint.pt"]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
     try:
-        message = refused(resume, copy, max_steps=12)
+        with pytest.raises((OSError, SystemExit), match=r"cannot write|too large"):
+            resume(copy, max_steps=12)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert f"cannot write {copy / 'checkpoint.pt'}" in message
-    assert (copy / "checkpoint.pt").read_bytes() == before
-    assert not list(copy.glob("*.part"))
-
-
-def test_a_disk_that_fills_at_the_last_moment(copy, monkeypatch):
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    before = files(copy)
-    monkeypatch.setattr(os, "fsync", full)
-    assert "No space left" in refused(resume, copy, max_steps=12)
-    assert files(copy) == before
+    assert files(copy)["checkpoint.pt"] == before
+    assert [m for m in metrics(copy) if m["step"] < 10] == metrics(whole)[:-1]
 
 
 @pytest.mark.parametrize("rate", ["1e38", "1e16"])  # the weights, or only the loss, become nan
@@ -501,7 +431,7 @@ def run_from(init, tiny, out, *argv, **fields):
     """Two steps of bf16 from another run, on the dataset of a config."""
     small = {"precision": "bf16", "batch_size": 4, "block_size": 32, "max_steps": 2}
     small |= {"warmup_steps": 1, "eval_windows": 8, "dataset": tiny.parent / "data"}
-    main("--init", init, "--out-dir", out, "--keep", *argv, *flags(small | fields))
+    main("--init", init, "--out-dir", out, "--keep", *flags(small | fields), *argv)
     return out
 
 
@@ -526,7 +456,7 @@ def test_a_run_starts_from_an_imported_model(whole, tiny, tmp_path):
     """Whose config has a model's fields alone, and which has no optimizer and no data."""
     state = load_checkpoint(whole)
     config = dataclasses.asdict(GPT.load(whole).config)
-    names = {field.name for field in dataclasses.fields(model_module.ModelConfig)}
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
     config = {name: value for name, value in config.items() if name in names}
     imported = tmp_path / "imported"
     imported.mkdir()
@@ -541,23 +471,19 @@ def test_a_run_starts_from_an_imported_model(whole, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--dim", "48"], "has a dim of its own"),
-        (["--tied"], "has a tied of its own"),
-        (["--vocab-size", "257"], "has a vocab_size of its own"),
-        (["--init", "out/missing"], "HINT: python -m tools.hf smollm2 out/missing"),
-        (["--dataset", "plays"], "tokens of plays, .* reads those of bytes"),
+        ("--dim 48", "has a dim of its own"),
+        ("--no-tied", "has a tied of its own"),
+        ("--vocab-size 257", "has a vocab_size of its own"),
+        ("--init out/missing", "HINT: python -m tools.hf smollm2 out/missing"),
+        ("--dataset ./data", "./data has tokens of "),
     ],
-    ids=str,
 )
-def test_what_a_model_cannot_start_is_one_line(argv, named, whole, tiny, tmp_path, capsys):
-    if "plays" in argv:
-        text = text_of("to be or not")
-        argv = ["--dataset", write_tokens(tmp_path / "plays", get_encoding("plays"), text)]
-        named = "vocab_size 320 is less than the 4097"
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit) as stop:
-        run_from(whole, tiny, out, *argv)
-    print(stop.value.code, capsys.readouterr().err)
+def test_what_a_model_cannot_start_is_one_line(argv, named, whole, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tokenizer(tmp_path, range(255, -1, -1))
+    prepare(tmp_path, get_encoding("."), "a cat sat")
+    assert named in refused(run_from, whole, tiny, tmp_path / "run", *argv.split())
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 # Several processes.
@@ -574,35 +500,25 @@ fp4.center_quantize = center_quantize
 make_optimizer = train.make_optimizer
 def count(model, config):
     local = [p.to_local() if config.shard else p for p in model.parameters()]
-    with open(f"{sys.argv[-1]}/parameters-{os.environ['RANK']}", "w") as file:
+    with open(f"{sys.argv[-1]}/size-{os.environ['RANK']}", "w") as file:
         file.write(str(sum(p.numel() for p in local)))
     return make_optimizer(model, config)
 train.make_optimizer = count
 """
 
 
-def seeds_of(out):
-    return [(out / f"seeds-{rank}").read_text().splitlines() for rank in (0, 1)]
-
-
-def parameters_of(out):
-    return [int((out / f"parameters-{rank}").read_text()) for rank in (0, 1)]
-
-
 @pytest.fixture(scope="module")
 def two(tiny, tmp_path_factory):
-    """The folder of an fp4_mean run of 4 steps by two processes, and what it printed."""
+    """The folder of an fp4_mean run of 4 steps by two processes."""
     out = tmp_path_factory.mktemp("two")
-    fields = {"max_steps": 4, "vocab_size": 321, "out_dir": out}
-    codes, printed, errors = processes(2, SPY, "--preset", tiny, **fields)
-    assert codes == [0, 0], errors
+    printed = processes(2, SPY, "--preset", tiny, max_steps=4, vocab_size=321, out_dir=out)
     assert printed.count("val_loss: ") == printed.count("--- sample ---") == 1
     return out
 
 
 def test_every_rank_and_every_step_draws_noise_of_its_own(two):
     """8 linears, 4 steps; whether a rank repeats itself or the other one, a line occurs twice."""
-    seeds = [line for lines in seeds_of(two) for line in lines]
+    seeds = [line for rank in "01" for line in (two / f"seeds-{rank}").read_text().splitlines()]
     assert len(seeds) == 2 * 4 * 8 and len(set(seeds)) == len(seeds)
 
 
@@ -642,79 +558,70 @@ def one(tiny, tmp_path_factory):
 
 def test_two_processes_and_micro_steps_train_as_one(one, tiny, tmp_path):
     """Only the order of FP32 sums differs, by 4e-6 in these losses of 3 to 6: halving a batch
-    doubles its gradients, and a power of two does not change how BF16 rounds. mean_share is that of
-    what one process rounds at a time."""
+    doubles its gradients, and a power of two does not change how BF16 rounds."""
     fields = {"precision": "bf16", "grad_accum": 2, "vocab_size": 321}
-    micro = run(tiny, tmp_path / "micro", **fields)
-    out = tmp_path / "two"
-    codes, _, errors = processes(2, "", "--preset", tiny, out_dir=out, **fields)
-    assert codes == [0, 0], errors
-    assert_close_runs(one, micro, but=["mean_share"])
-    assert_close_runs(one, out, but=["mean_share"])
+    assert_close_runs(one, run(tiny, tmp_path / "micro", **fields))
+    processes(2, "", "--preset", tiny, out_dir=tmp_path / "two", **fields)
+    assert_close_runs(one, tmp_path / "two")
 
 
 def test_sharded_processes_train_as_whole_ones_and_hold_half(two, tiny, tmp_path):
     """DDP adds in the same order for two processes. The gradient's norm does not, and by its last
     bits clipping can turn the rounding of a value."""
     fields = {"max_steps": 4, "vocab_size": 321, "out_dir": tmp_path}
-    codes, printed, errors = processes(2, SPY, "--preset", tiny, "--shard", **fields)
-    assert codes == [0, 0], errors
+    printed = processes(2, SPY, "--preset", tiny, "--shard", **fields)
     assert printed.count("val_loss: ") == printed.count("--- sample ---") == 1
     assert_close_runs(two, tmp_path)
-    assert seeds_of(tmp_path) == seeds_of(two)
-    assert parameters_of(tmp_path) == pytest.approx([parameters_of(two)[0] / 2] * 2, rel=0.01)
+    for rank in "01":
+        assert (two / f"seeds-{rank}").read_text() == (tmp_path / f"seeds-{rank}").read_text()
+        whole, part = (int((out / f"size-{rank}").read_text()) for out in (two, tmp_path))
+        assert part / whole == pytest.approx(0.5, rel=0.01)
     there, here = tensors(two), tensors(tmp_path)
-    assert {name: (t.dtype, t.shape) for name, t in there.items()} == {
-        name: (t.dtype, t.shape) for name, t in here.items()
+    assert {k: (t.dtype, t.shape) for k, t in there.items()} == {
+        k: (t.dtype, t.shape) for k, t in here.items()
     }
-    assert here["head.weight"].data_ptr() == here["embedding.weight"].data_ptr()
 
 
 def test_two_sharded_processes_are_killed_and_one_goes_on(one, tmp_path):
     out = tmp_path / "run"
     argv = SIGNAL.format("SIGKILL"), "--preset", one / "config.json", "--shard", "--recompute"
-    codes, _, _ = processes(2, *argv, out_dir=out)
-    assert -signal.SIGKILL in codes and load_checkpoint(out)["step"] == 4
+    processes(2, *argv, ends=-signal.SIGKILL, out_dir=out)
+    assert load_checkpoint(out)["step"] == 4
     assert "--no-shard" in refused(resume, out)
     resume(out, "--no-shard", "--no-recompute")
-    assert_close_runs(one, out, but=["mean_share"])
+    assert_close_runs(one, out)
 
 
 def test_two_sharded_processes_go_on_with_the_run_of_one(one, tmp_path):
     out = Path(shutil.copytree(one, tmp_path / "run"))
     shutil.copy(out / "step-4.pt", out / "checkpoint.pt")
-    codes, _, errors = processes(2, "", "--resume", "--shard", out_dir=out)
-    assert codes == [0, 0], errors
-    assert_close_runs(one, out, but=["mean_share"])
+    processes(2, "", "--resume", "--shard", out_dir=out)
+    assert_close_runs(one, out)
 
 
 # How blocks run.
 
 
-@pytest.mark.parametrize("precision", ["fp4_mean", "fp4_mean_sr"])
-def test_recomputed_activations_are_the_same_bit_for_bit(precision, tiny, tmp_path, monkeypatch):
+def test_recomputed_activations_are_the_same_bit_for_bit(tiny, tmp_path, monkeypatch):
     """Also where forward draws noise. Every block runs once more a step, and not in evaluations."""
-    calls, forward = [], model_module.Block.forward
-    monkeypatch.setattr(
-        model_module.Block, "forward", lambda *args: calls.append(1) or forward(*args)
-    )
-    fields = {"precision": precision, "max_steps": 3}
-    run(tiny, tmp_path / "kept", **fields)
-    kept = len(calls)
-    run(tiny, tmp_path / "again", "--recompute", **fields)
-    assert_same_run(tmp_path / "kept", tmp_path / "again")
-    assert len(calls) - kept == kept + 3 * TINY["n_layer"]
+    calls, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *args: calls.append(1) or forward(*args))
+    fields = {"precision": "fp4_mean_sr", "max_steps": 3}
+    kept = run(tiny, tmp_path / "kept", **fields)
+    count = len(calls)
+    assert_same_run(kept, run(tiny, tmp_path / "again", "--recompute", **fields))
+    assert len(calls) - count == count + 3 * TINY["n_layer"]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_rounds_to_bf16(tiny, tmp_path):
     """A compiler that drops a cast to BF16 and back trains in FP32 and does not say so."""
-    fields = {"max_steps": 3, "n_layer": 1, "warmup_steps": 0}
+    fields = {"n_layer": 1, "max_steps": 8, "warmup_steps": 0}
     eager = run(tiny, tmp_path / "eager", precision="bf16", **fields)
     fp32 = run(tiny, tmp_path / "fp32", precision="fp32", **fields)
     compiled = run(tiny, tmp_path / "compiled", "--compile", precision="bf16", **fields)
     assert losses(compiled) == pytest.approx(losses(eager), abs=1e-5)
-    assert abs(losses(compiled)[-1] - losses(fp32)[-1]) > 5e-5
+    assert np.abs(np.subtract(losses(compiled), losses(fp32))).max() > 2e-4
 
 
 # The command line.
@@ -748,10 +655,10 @@ def test_flags_go_over_the_preset_over_the_defaults(tiny):
         ("--preset huge", "no preset 'huge'"),
         ("--dataset missing", "no dataset in"),
         ("--dim 40", "multiples of 16"),
-        ("--vocab-size 256", "vocab_size 256 is less than the 257"),
+        ("--vocab-size 256", "257"),
         ("--block-size 9000", "no run of 9001 tokens in train"),
         ("--block-size 4000", "no run of 4001 tokens in val"),
-        ("--batch-size 5 --grad-accum 2", "batch_size 5 does not split"),
+        ("--batch-size 5 --grad-accum 2", "--batch-size 5 must split into 1 processes"),
         ("--shard", "HINT: torchrun, or --no-shard"),
         ("--resume", "--resume takes the run's --out-dir"),
         pytest.param(
@@ -760,12 +667,9 @@ def test_flags_go_over_the_preset_over_the_defaults(tiny):
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_one_line(argv, named, tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(tiny, tmp_path / "run", *argv.split())
-    (line,) = (s for s in f"{stop.value}\n{capsys.readouterr().err}".splitlines() if "error: " in s)
-    assert named in line
-    assert not (tmp_path / "run" / "config.json").exists()
+def test_what_cannot_work_is_one_line(argv, named, tiny, tmp_path):
+    assert named in refused(run, tiny, tmp_path / "run", *argv.split())
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 # The parts.
@@ -780,13 +684,13 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_matrices_decay_and_vectors_do_not(tied):
-    config = Config(vocab_size=64, dim=32, n_layer=1, tied=tied, weight_decay=0.3, beta2=0.9)
+def test_matrices_decay_and_vectors_do_not():
+    """And a tied head is updated once."""
+    config = Config(vocab_size=64, dim=32, n_layer=1, weight_decay=0.3, beta1=0.8, beta2=0.9)
     model = GPT(config)
     optimizer = train.make_optimizer(model, config)
     matrices, vectors = optimizer.param_groups
-    assert optimizer.defaults["betas"] == (0.9, 0.9)
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0)
     assert {p.ndim for p in matrices["params"]} == {2}
     assert {p.ndim for p in vectors["params"]} == {1}

@@ -73,7 +73,7 @@ BLOCK = {  # our parameter: transformers', which it stacks
 }
 
 
-def names(config):
+def parameter_names(config):
     """{our parameter: [transformers', which it stacks]} of a whole model."""
     absent = []
     if not config.qk_norm:
@@ -98,7 +98,7 @@ def to_transformers(model):
     config, theirs = model.config, {}
     heads = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
     ours = model.state_dict()
-    for name, parts in names(config).items():
+    for name, parts in parameter_names(config).items():
         rows = heads if ".qkv." in name else len(ours[name]) // len(parts)
         theirs |= zip(parts, ours[name].split(rows), strict=True)
     return theirs
@@ -118,7 +118,9 @@ def from_transformers(config, theirs, source):
         raise SystemExit(f"error: {source}: weights {found}")
     if head is not None and not torch.equal(head, theirs["model.embed_tokens.weight"]):
         raise SystemExit(f"error: {source}: tie_word_embeddings, but lm_head.weight is another")
-    ours = {k: torch.cat([theirs[part] for part in parts]) for k, parts in names(config).items()}
+    ours = {}
+    for name, parts in parameter_names(config).items():
+        ours[name] = torch.cat([theirs[part] for part in parts])
     model.load_state_dict(ours)
     return model
 
@@ -130,14 +132,12 @@ def from_transformers(config, theirs, source):
 def from_hf(source, run):
     """Write a Hugging Face directory or a GGUF file as a run's folder."""
     if source.suffix == ".gguf":
-        fields, theirs = read_gguf(source, run / "tokenizer")
+        config, theirs = read_gguf(source, run / "tokenizer")
     else:
         fields = json.loads((source / "config.json").read_text())
-        theirs = read_safetensors(source)
+        config = model_config(fields, source)
         FolderEncoding(source).save(run)
-    config = model_config(fields, source)
-    if source.suffix == ".gguf" and fields["model_type"] == "llama":
-        theirs = unpermute(theirs, config)
+        theirs = read_safetensors(source)
     encoding = FolderEncoding(run)
     if encoding.n_vocab > config.vocab_size:
         sizes = f"{encoding.n_vocab} tokens, its embedding {config.vocab_size} rows"
@@ -175,7 +175,7 @@ def model_config(fields, source):
     due["layer_types"] = ["full_attention"] * values["num_hidden_layers"]
     due["rope.scaling.type"] = "none"  # GGUF's
     if kind != "llama" and not values.get("use_sliding_window"):
-        due["sliding_window"] = values.get("sliding_window")  # Qwen's configs have it all the same
+        values.pop("sliding_window", None)  # Qwen's configs have it all the same
     for name in ("rope_parameters", "rope_scaling"):  # transformers 5's, and before
         rope = dict(values.get(name, {}))
         values["rope_theta"] = rope.pop("rope_theta", values["rope_theta"])
@@ -210,7 +210,7 @@ GGUF_FIELDS = {  # of the metadata, after the architecture's name: of config.jso
     "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
-    # Three sizes that are one here. Where they differ, the weights do not have the shapes due.
+    # Three sizes that must be one here.
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
     "rope.dimension_count": "head_dim",
@@ -238,43 +238,39 @@ GGUF_NAMES = {  # of tensors: transformers'
 
 
 def read_gguf(file, tokenizer_folder):
-    """A GGUF file -> (the fields that config.json would have, {transformers' name: FP32 tensor}). A
-    Llama still wants `unpermute`. The tokenizer's files, and the fields, go into the folder."""
+    """A GGUF file -> (ModelConfig, {transformers' name: FP32 tensor}). What a directory would have
+    of its config.json and tokenizer goes into the folder."""
     from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(file)
     kind = reader.fields["general.architecture"].contents()
+    fields = {"model_type": kind}
+    for name, field in reader.fields.items():
+        if name.startswith(f"{kind}."):
+            name, value = name.removeprefix(f"{kind}."), field.contents()
+            if fields.setdefault(GGUF_FIELDS.get(name, name), value) != value:
+                raise SystemExit(f"error: {file}: our GPT has no {name} {value} of its own")
+    for name in ("bos_token_id", "eos_token_id"):
+        if f"tokenizer.ggml.{name}" in reader.fields:
+            fields[name] = reader.fields[f"tokenizer.ggml.{name}"].contents()
+
     weights = {}
     for tensor in reader.tensors:
         block, stem, end = re.fullmatch(r"(blk\.\d+\.)?(.*?)(\.\w+)?", tensor.name).groups("")
         if stem not in GGUF_NAMES:
             raise SystemExit(f"error: {file}: our GPT has no tensor {tensor.name}")
-        name = block.replace("blk", "model.layers") + GGUF_NAMES[stem] + end
-        weights[name] = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-    fields = {"model_type": kind}
-    for name, field in reader.fields.items():
-        if name.startswith(f"{kind}."):
-            name = name.removeprefix(f"{kind}.")
-            fields[GGUF_FIELDS.get(name, name)] = field.contents()
+        w = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        if kind == "llama" and stem in ("attn_q", "attn_k"):
+            # The two features of a rotary pair lie side by side, in transformers half a head apart.
+            w = w.unflatten(0, (-1, fields["head_dim"] // 2, 2)).transpose(1, 2).flatten(0, 2)
+        weights[block.replace("blk", "model.layers") + GGUF_NAMES[stem] + end] = w
     fields["vocab_size"] = len(weights["model.embed_tokens.weight"])
     fields["tie_word_embeddings"] = "lm_head.weight" not in weights
-    for name in ("bos_token_id", "eos_token_id"):
-        if f"tokenizer.ggml.{name}" in reader.fields:
-            fields[name] = reader.fields[f"tokenizer.ggml.{name}"].contents()
+    config = model_config(fields, file)
+
     gguf_tokenizer(file, reader.fields).save_pretrained(tokenizer_folder)
     (tokenizer_folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    return fields, weights
-
-
-def unpermute(weights, config):
-    """llama.cpp has the two features of a rotary pair side by side in a Llama's queries and keys,
-    transformers half a head apart: the same weights, moved there."""
-    moved = {}
-    for name, w in weights.items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            w = w.view(-1, config.head_dim // 2, 2, config.dim).transpose(1, 2).reshape(w.shape)
-        moved[name] = w
-    return moved
+    return config, weights
 
 
 def gguf_tokenizer(file, metadata):
@@ -399,9 +395,9 @@ def to_nvfp4(source, directory):
     _, argument = fp4.recipe_named(config.precision)
     block = (1, 16) if getattr(argument, "weight_1d", False) else (16, 16)
     for i in range(config.n_layer - config.bf16_blocks):
-        for parts in BLOCK.values():
-            stack = [f"model.layers.{i}.{part}.weight" for part in parts]
-            if stack[0].endswith("_proj.weight"):
+        for ours, parts in BLOCK.items():
+            if ours.endswith("weight") and parts[0].endswith("proj"):
+                stack = [f"model.layers.{i}.{part}.weight" for part in parts]
                 weights |= pack({name: weights.pop(name) for name in stack}, block)
     kept = [name.removesuffix(".weight") for name in weights if name.endswith("_proj.weight")]
     scheme = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
