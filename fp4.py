@@ -31,6 +31,9 @@ out. The means stay in FP32, and in fprop and dgrad they meet the unrounded W. T
 one row, 1/T of the GEMM's work, so precision is cheap there. It also counts there: an error in the
 mean is the same for every token and does not average out.
 
+T counts all tokens that a layer sees at once: those of a batch, or of a process's part of it. So
+the rounding of a token depends on later tokens too, by the mean as by the tensor scale.
+
 Blocks and rounding follow NVIDIA's recipe (arXiv 2509.25149), without its Hadamard transform:
 
 - W is rounded once, in 16 x 16 blocks, so that fprop and dgrad see the same numbers.
@@ -40,7 +43,8 @@ Blocks and rounding follow NVIDIA's recipe (arXiv 2509.25149), without its Hadam
 
 Hardware without FP4 units emulates this exactly. E2M1 times E4M3 has at most 6 significant bits, so
 it fits BF16. A BF16 product of such values with FP32 sums, times the two tensor scales, is NVFP4
-arithmetic up to the order of the sums. On a GPU kernels.py takes over, with the same bits.
+arithmetic up to the order of the sums. On a GPU kernels.py takes over: for the same mean, the same
+codes.
 """
 
 import dataclasses
@@ -203,8 +207,8 @@ def mm(a, b):
 
 
 def to_dtype(x, dtype):
-    """x.to(dtype), rounded also where torch.compile would see no need: it drops a cast to BF16 that
-    a cast back to FP32 follows. It does not drop integer arithmetic."""
+    """x.to(dtype), also under torch.compile. The compiler drops a cast to BF16 that a cast back to
+    FP32 follows, and the rounding with it; integer arithmetic it keeps."""
     if dtype == torch.bfloat16 and torch.compiler.is_compiling():
         bits = x.float().view(torch.int32)
         bits = bits + 0x7FFF + (bits >> 16 & 1)  # ties to even
@@ -229,7 +233,7 @@ def recipe_named(name):
 def linear(x, w, recipe):
     """Y (T, n) of X (T, m) and W (n, m), of any float dtypes, in X's dtype, by the recipe of this
     name."""
-    if not torch.is_grad_enabled():  # needs_input_grad is True there all the same
+    if not torch.is_grad_enabled():  # else needs_input_grad would be True, and Rᵀ be rounded too
         x, w = x.detach(), w.detach()
     if len(x) == 0:  # an expert that gets no token: nothing to round, nor to average
         recipe = "fp32"
@@ -271,13 +275,13 @@ class FP4Linear(nn.Linear):
         return f"{super().extra_repr()}, {self.recipe}"
 
 
-def convert(model, recipe="fp4_mean", keep=("lm_head",)):
+def convert(model, recipe="fp4_mean", keep=("head", "lm_head")):
     """Make every nn.Linear in a model, or the model itself, an FP4Linear, in place.
 
-    keep: endings of the names of modules that stay as they are, with all that is in them.
-    Parameters, hooks and modes stay; converting again changes the recipe. Returns the model, and
-    warns of matrices in other modules, embeddings aside. ValueError, and nothing is changed, if a
-    width does not fit, if a linear would not run our forward, and if there is no linear."""
+    keep: modules that stay as they are, with all that is in them: names, or their last parts, such
+    as layers.0. Parameters, hooks and modes stay; converting again changes the recipe. Returns the
+    model, and warns of matrices in other modules, embeddings aside. ValueError, and nothing is
+    changed, if a width does not fit, if a linear would not run our forward, or if there is none."""
     recipe_named(recipe)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     names = {}  # a shared module has several
@@ -285,7 +289,7 @@ def convert(model, recipe="fp4_mean", keep=("lm_head",)):
         names.setdefault(module, []).append(name)
     linears, others = {}, {}  # modules: how many values their matrices have
     for module, aliases in names.items():
-        kept = any(f"{ending}." in f"{alias}." for ending in keep for alias in aliases)
+        kept = any(f".{part}." in f".{alias}." for part in keep for alias in aliases)
         if kept or isinstance(module, nn.Embedding):
             continue
         name = f"{aliases[0]}: {type(module).__name__}"
@@ -306,7 +310,8 @@ def convert(model, recipe="fp4_mean", keep=("lm_head",)):
         raise ValueError(f"no nn.Linear to convert. Other matrices: {', '.join(others) or 'none'}")
     if others:
         share = sum(linears.values()) / (sum(linears.values()) + sum(others.values()))
-        warnings.warn(f"{share:.0%} of the matrices converted, not {min(others)}", stacklevel=2)
+        left = ", ".join(list(others)[:3])
+        warnings.warn(f"{share:.0%} of the matrices are converted, but not {left}", stacklevel=2)
     for layer in linears:
         layer.__class__, layer.recipe = FP4Linear, recipe
     return model
@@ -323,13 +328,13 @@ def mean_share(x):
 # ------------------------------------------------------------------------------------------------
 # The format.
 #
-# A block is rounded in three steps, with S_enc = 2688 / amax, 2688 = 6 * 448, and amax the largest
-# magnitude of the tensor:
+# A block is rounded in three steps. With amax the largest magnitude of the tensor, 2688 = 6 * 448,
+# S_enc = 2688 / amax and S_dec = 1 / S_enc,
 #
-#     s = E4M3(block amax * S_enc / 6)      q = E2M1(x * S_enc / s)      x~ = q * s * amax / 2688
+#     s = E4M3(block amax * (S_enc * 1/6))      q = E2M1(x * (1 / (s * S_dec)))
+#     x~ = q * s * (amax / 2688)
 #
-# The operations and their order are those of NVIDIA's reference quantizer in Transformer Engine,
-# each one FP32 rounding.
+# each operation one FP32 rounding, in this order: NVIDIA's, of Transformer Engine's reference.
 
 BLOCKS = {(1, 16): (2,), (16, 1): (1,), (16, 16): (1, 3)}  # block: its axes in an `in_blocks` view
 FP32_MAX = torch.finfo(torch.float32).max
@@ -361,9 +366,10 @@ class NVFP4:
     def values(self):
         """E2M1 times block scale, without the tensor scale: BF16 on a GPU, FP32 on a CPU, exact in
         both."""
-        if self.codes.stride(0) < self.codes.stride(1):  # a transpose; memory is read in its order
+        if self.codes.stride(0) < self.codes.stride(1):  # a transpose: decode in memory's order
             return self.t().values().t()
-        codes = unpack(self.codes, axis=int(len(self.codes) == len(self.scales) * self.block[0]))
+        rows = len(self.scales) * self.block[0]
+        codes = unpack(self.codes, axis=int(len(self.codes) == rows))  # where rows are not halved
         scales = self.scales.float()
         for axis in BLOCKS[self.block]:
             scales = scales.unsqueeze(axis)
@@ -381,9 +387,9 @@ def quantize(x, block=(1, 16), seed=None):
     """Round x (R, C), of any float dtype and strides, to NVFP4.
 
     block   (bh, bw), one of BLOCKS; C must be a multiple of bw; zeros fill R to a multiple of bh
-    seed    None: to nearest, ties to even. An int, or an int32 scalar tensor: up or down at random,
-            right on average, but for values that a block scale rounded down puts above 6: they
-            saturate (slope .9965 on Gaussian data)
+    seed    None: to nearest, ties to even. An int32, or a scalar tensor of it: up or down at
+            random, right on average, but for values that a block scale rounded down puts above 6:
+            they saturate (slope .9965 on Gaussian data)
 
     Zero blocks give zeros; a NaN makes its block NaN, and no other. ValueError for what does not
     fit."""
@@ -397,8 +403,8 @@ def quantize(x, block=(1, 16), seed=None):
     x = x.detach().float()
     if len(x) % block[0]:
         x = F.pad(x, (0, 0, 0, -len(x) % block[0]))
-    amaxes, numbers = block_amaxes(x, block)
-    return quantize_scaled(x, block, amaxes, numbers.amax(), seed)
+    amaxes, amaxes_but_nan = block_amaxes(x, block)
+    return quantize_scaled(x, block, amaxes, amaxes_but_nan.amax(), seed)
 
 
 def quantize_scaled(x, block, amaxes, amax, seed=None):
@@ -426,10 +432,11 @@ def in_blocks(x, block):
 
 
 def block_amaxes(x, block):
-    """The largest magnitude of each block, its axes kept: NaN if any value is; and without NaNs."""
+    """The largest magnitude of each block, its axes kept; twice. In the first a NaN makes it NaN,
+    for the block's scale. In the second NaNs count as 0, for the tensor's scale."""
     a = in_blocks(x, block).abs()
-    numbers = torch.where(a == a, a, 0.0)  # isnan is not vectorized, and five times slower
-    return a.amax(BLOCKS[block], keepdim=True), numbers.amax(BLOCKS[block], keepdim=True)
+    but_nan = torch.where(a == a, a, 0.0)  # isnan is not vectorized, and five times slower
+    return a.amax(BLOCKS[block], keepdim=True), but_nan.amax(BLOCKS[block], keepdim=True)
 
 
 def tensor_scales(amax):
@@ -437,7 +444,7 @@ def tensor_scales(amax):
     which differs from the first by a rounding.
 
     The divisions are tensor by tensor: PyTorch makes 2688.0 / tensor a reciprocal and a product,
-    two roundings. torch.compile must not see this: it lets every thread update the same scalar."""
+    two roundings. `use_fast_path` does not compile this: threads would share the scalars."""
     full = torch.full_like(amax, 2688.0)
     s_enc = (full / amax).clamp(max=FP32_MAX)
     s_enc = torch.where((amax == 0) | (s_enc == 0), 1.0, s_enc)
@@ -464,8 +471,8 @@ def encode(x, factors, block, key):
 
     The code of magnitude a is the least of 2a, a + 2 and a/2 + 4: steps are 1/2 up to 2, 1 up to 4,
     2 up to 6. A sum with 2^23, whose last bit is worth 1, rounds each of these lines to even, which
-    is E2M1's rounding. A sum with 128, whose last bit is worth 2^-16, keeps a fraction of 16 bits,
-    the probability to go up: noise below 2^16 carries into the code where it is to go up."""
+    is E2M1's rounding. A sum with 128, whose last bit is worth 2^-16, keeps a fraction of 16 bits:
+    2.3 is code 4 and .3. Noise in [0, 1) added to that reaches code 5 in 3 of 10 cases."""
     y = in_blocks(x, block) * factors
     y = torch.where(y == y, y, 6.0)
     a = torch.where(y.abs() < 6.0, y.abs(), 6.0)
@@ -490,9 +497,9 @@ def noise(shape, block, key):
     """int32 in [0, 2^16), (R, C). A hash of a byte's index and the key has 16 bits for each of the
     byte's two codes, so every device and every order of evaluation draws the same."""
     i = torch.arange(shape[0] * shape[1] // 2, dtype=torch.int32, device=key.device)
-    axis, width = (1, shape[1]) if block[1] == 1 else (2, shape[1] // 2)  # neighbours in a byte
-    hashes = hash32(i ^ key).view(-1, width)
-    return torch.stack((hashes & 0xFFFF, hashes >> 16 & 0xFFFF), axis).view(shape)
+    axis = int(block[1] == 16)  # along which two codes share a byte
+    hashes = hash32(i ^ key).view(-1, shape[1] // (1 + axis))
+    return torch.stack((hashes & 0xFFFF, hashes >> 16 & 0xFFFF), axis + 1).view(shape)
 
 
 def hash32(i):

@@ -17,11 +17,11 @@ exactly, because FP32 subtraction is monotone.
 
 All that decides a bit is integer arithmetic or one correctly rounded FP32 operation, in a fixed
 order. So Triton's interpreter on a CPU (TRITON_INTERPRET=1), Ampere, Hopper and Blackwell agree.
-That excludes `/`, which is off by 2 ulp (`div_rn` is not), casts to BF16 and float8 that round,
-where targets differ, and fused multiply-adds of products that are not exact. Blackwell's cast to
-E2M1 is exact: to nearest even, at most 6, NaN to 6. The twin's mean is PyTorch's, in another order
-of summation; given one mean, all bits agree. In a GEMM the decoded values are exact, and the order
-of summation is the hardware's own.
+For codes and scales that excludes `/`, which is off by 2 ulp (`div_rn` is not), casts to BF16 and
+float8 that round, where targets differ, and fused multiply-adds of inexact products. Blackwell's
+cast to E2M1 is exact: to nearest even, at most 6, NaN to 6. The twin's mean is PyTorch's, in
+another order of summation; given one mean, all bits agree. In a GEMM the decoded values are exact,
+and the order of summation is the hardware's own.
 """
 
 import numpy as np
@@ -37,7 +37,8 @@ FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
 # Tiles. What a program of each kernel takes.
 PART_COLUMNS, PARTS, STAT_COLUMNS = 1024, 128, 32
-ROUND_COLUMNS, ROUND_TOKENS, ROUND_WARPS = 512, 16 if INTERPRET else 4, 4
+ROUND_COLUMNS, ROUND_WARPS = 512, 4
+ROUND_TOKENS = 16 if INTERPRET else 4
 GROUP = tl.constexpr(8)  # rows of tiles of a GEMM that share an operand in L2
 GEMM_TILES = {  # of the GPU's major version: M, N, K, warps, stages; 0: the interpreter
     0: (128, 128, 128, 4, 1),
@@ -89,7 +90,7 @@ def _block_scales(amaxes, table):
     the sign bit, 0 for NaN, whose sign differs between machines. table: `_scale_table`."""
     s = tl.minimum(_float(amaxes) * tl.load(table + 1), 448.0)
     power = tl.maximum(_float(_bits(s) & 0x7F800000), 0.015625)  # of two below s, at least 2^-6
-    magic = power * 1048576.0  # 2^20 power has ulp power / 8, which is E4M3's step there
+    magic = power * 1048576.0  # 2^20 power has ulp power / 8, the step of fp4.e4m3_round
     s = (s + magic) - magic
     subnormal = _bits(s + 16384.0) & 7  # 2^14 has ulp 2^-9
     byte = tl.where(s < 0.015625, subnormal, (_bits(s) >> 20) - (120 << 3))  # bias 127 -> 7
@@ -130,9 +131,11 @@ def _encode(low, high, sign, index, key, STOCHASTIC: tl.constexpr, FP4: tl.const
     else:
         noise_low, noise_high = None, None
         if STOCHASTIC:
-            u = index.to(tl.uint32) ^ key  # the indices differ in bits that the first shift drops
-            u = (u ^ (u >> 16)) ^ tl.arange(0, low.shape[2]).to(tl.uint32)[None, None, :]
-            u = _hash_rest(u)
+            # hash((index + lane) ^ key): lane only sets bits that `>> 16` drops, so the hash's
+            # first step is that of index ^ key for all lanes, and lane joins after it.
+            lane = tl.arange(0, low.shape[2]).to(tl.uint32)[None, None, :]
+            u = index.to(tl.uint32) ^ key
+            u = _hash_rest((u ^ (u >> 16)) ^ lane)
             noise_low = ((u << 12) & 0x0FFFFFFF).to(tl.int32)  # 16 bits, below the code's
             noise_high = (u >> 4).to(tl.int32)  # 16, and further down some that move nothing
         low = _nibble(low, sign, noise_low, STOCHASTIC)
@@ -211,8 +214,9 @@ def _scale_table(amaxes, table, n, N: tl.constexpr):
 
 # ------------------------------------------------------------------------------------------------
 # Center and quantize. A program takes 16 tokens of its columns, and rounds them in blocks along
-# features, a few tokens at a time, then, from cache, in blocks along tokens. Either time a thread
-# holds all 16 values of a block, so that threads exchange nothing. EVEN: no tile is cut off.
+# features, a few tokens at a time, then, from cache, in blocks along tokens. Shapes are chosen so
+# that in both passes a thread holds whole blocks, and threads exchange nothing. EVEN: no tile is
+# cut off.
 
 
 @triton.jit
@@ -258,7 +262,9 @@ def _round_rows(
         key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
     tile = token.to(tl.int64) * (m // 16) + feature // 16
     codes, scales, index = codes + tile * 8, scales + tile, (tile * 8).to(tl.int32)
-    block = tl.arange(0, BLOCK // 16)[None, :, None]  # its first half is a, the second b
+    # A block of 16 values is 8 bytes: 4 of its first half, a, and 4 of its second, b. Of each, 0
+    # are the even values, for low nibbles, and 1 the odd ones.
+    block = tl.arange(0, BLOCK // 16)[None, :, None]
     inside_m = feature + block * 16 < m
     if CENTER:
         mean_a = _pairs(mean, block * 8, inside_m, 4, EVEN)
@@ -377,8 +383,7 @@ def _quantize_weight(
 
 # ------------------------------------------------------------------------------------------------
 # GEMM: Y (M, N) = A (M, K) Bᵀ + left (M, 1) right (1, N), 2 M N K FLOPs. left right is the mean's
-# part: in fprop and dgrad a column of ones times a row, in wgrad the rank-one update. It is added
-# in registers.
+# part: in fprop and dgrad a column of ones times a row, in wgrad the rank-one update.
 
 
 @triton.jit
@@ -439,7 +444,7 @@ def _gemm(
     pid, down, across = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = pid // (GROUP * across)
     height = tl.minimum(down - group * GROUP, GROUP)
-    pid_m, pid_n = group * GROUP + pid % height, pid % (GROUP * across) // height
+    pid_m, pid_n = group * GROUP + pid % height, pid % (GROUP * across) // height  # any order does
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m, n = offs_m % M, offs_n % N  # wrapped: loads need no mask, and what is beyond is not stored

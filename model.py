@@ -3,8 +3,8 @@
 Pre-norm blocks of grouped-query attention (RMSNorm on queries and keys, rotary positions) and a
 SwiGLU feed-forward layer, no biases: Qwen3 (arXiv 2505.09388). Without qk_norm it is Llama, with
 qkv_bias on top Qwen2; for equal weights transformers' model of that name has the same logits.
-Queries, keys and values come from one linear, gate and up from another, so that each input is
-rounded once.
+Queries, keys and values come from one linear, gate and up from another, so that they share the
+rounding of their input.
 """
 
 import dataclasses
@@ -150,7 +150,10 @@ class GPT(nn.Module):
 
     def forward(self, tokens, targets=None, cache=None, start=0):
         """Logits, or with targets (B, T) the mean cross-entropy in nats. cache: n_layer lists that
-        keep keys and values, empty before the first call; start: how many tokens came before."""
+        keep keys and values. Empty ones take any number of tokens, filled ones one token at a time;
+        start: how many tokens came before. On a GPU the head multiplies in BF16."""
+        if cache and cache[0] and tokens.shape[1] > 1:
+            raise ValueError("after the first call a cache takes one token at a time")
         x = self.embedding(tokens)
         if x.is_cuda and self.config.precision != "fp32":
             x = x.bfloat16()

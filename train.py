@@ -7,7 +7,7 @@
 A run is a folder: config.json, metrics.jsonl, checkpoint.pt, loss.png. Whatever is random at a step
 is a function of (seed, purpose, step, rank) alone. So runs that differ only in --precision start
 from the same weights and see the same batches, evaluation disturbs nothing, and a resumed run
-repeats, bit for bit, the run that was not interrupted.
+repeats the run that was not interrupted: on a CPU bit for bit, with as many threads and processes.
 """
 
 import argparse
@@ -126,18 +126,20 @@ def parse(argv):
     if resume:
         if preset or not flags.get("out_dir"):
             parser.error("--resume takes the run's --out-dir, and no --preset")
-        then = load_checkpoint(flags["out_dir"])["config"]
+        saved = load_checkpoint(flags["out_dir"])["config"]
         for name in flags.keys() - FREE_ON_RESUME:
-            if flags[name] != then.get(name):
-                parser.error(f"the run in {flags['out_dir']} has {name} {then.get(name)}")
-        return Config(**then | flags), resume
+            if flags[name] != saved.get(name):
+                parser.error(f"the run in {flags['out_dir']} has {name} {saved.get(name)}")
+        return Config(**saved | flags), resume
     if not preset and "init" not in flags:
         gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
         preset = "small" if gpu else "nano"
     if preset in (None, *PRESETS):
         values = PRESETS.get(preset, {}) | flags
+        name = preset or Path(flags["init"]).name
     elif preset.endswith(".json") and Path(preset).exists():
-        values = json.loads(Path(preset).read_text()) | flags
+        values = json.loads(Path(preset).read_text()) | {"out_dir": ""} | flags
+        name = Path(preset).resolve().parent.name
     else:
         parser.error(f"no preset {preset!r}: there are {names}, and config.json files of runs")
     if values.get("init"):
@@ -150,7 +152,6 @@ def parse(argv):
         shape = load_checkpoint(path)["config"]
         values |= {name: shape[name] for name in given}
     config = Config(**values)
-    name = Path(preset or config.init).stem
     config.out_dir = config.out_dir or f"out/{name}-{config.precision}"
     return config, resume
 
@@ -204,8 +205,8 @@ def mean_over_ranks(value):
 
 @torch.no_grad()
 def evaluate(model, tokens, config, device, rank, world_size):
-    """Mean loss in nats over fixed windows, in batches of the training's size, with rounding noise
-    of its own."""
+    """Mean loss in nats over fixed windows, in batches of the training's size. Where a recipe
+    rounds X at random, the noise is evaluation's own."""
     torch.manual_seed(seed_for(config, "evaluation", 0, rank))
     starts = tokens.spaced(config.eval_windows, config.block_size + 1).view(world_size, -1)[rank]
     total = torch.zeros((), device=device)
@@ -372,12 +373,13 @@ def main(argv=None):
     parameters = sum(p.numel() for p in model.parameters())
     if config.shard:
         mesh = init_device_mesh(device.type, (world_size,))
-        for module in (*model.blocks, model):  # the model's own are what the blocks have left
-            fully_shard(module, mesh=mesh)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)  # what is left: embedding, last norm and head
     else:
         model = model.to(device)
-    if config.recompute:  # inside the hooks that gather a sharded block's weights
-        for block in model.blocks:
+    if config.recompute:
+        for block in model.blocks:  # not the module: FSDP's hooks must stay outside
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     optimizer = make_optimizer(model, config)
     step = 0
@@ -399,7 +401,7 @@ def main(argv=None):
         f"{config.precision} on {world_size} x {name}: {parameters / 1e6:.2f} M parameters, "
         f"{config.dataset} {len(train_tokens):,} tokens, {tokens_per_step:,} a step"
     )
-    if config.precision.startswith("fp4"):
+    if config.precision not in ("fp32", "bf16"):
         say(fp4.use_fast_path(device))
     forward = torch.compile(model) if config.compile else model
     use_ddp = world_size > 1 and not config.shard
@@ -411,20 +413,26 @@ def main(argv=None):
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    good_state = f"The last good state is in {out}. HINT: a lower --learning-rate"
+    hint = f"A checkpoint in {out} is of before. HINT: a lower --learning-rate"
     interrupted = []
+
+    def interrupt(number, _):
+        interrupted.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupted.append(True))
+        signal.signal(number, interrupt)
     began, seconds = time.monotonic(), []
     while True:
-        # evaluate, then save: what evaluates to nan must not replace a good checkpoint
+        # Evaluate, then save: what evaluates to nan must not replace a good checkpoint. When
+        # interrupted, save at once.
         stop = mean_over_ranks(torch.tensor(float(bool(interrupted)), device=device)) > 0
         last = step >= config.max_steps
         due = not stop and (last or step % config.eval_interval == 0)
         if due:
             val_loss = evaluate(model, val_tokens, config, device, rank, world_size)
             if not math.isfinite(val_loss):
-                raise SystemExit(f"error: step {step}: val loss {val_loss}. {good_state}")
+                raise SystemExit(f"error: step {step}: val loss {val_loss}. {hint}")
         if due or stop:
             save(out / "checkpoint.pt", model, optimizer, config, step, origin)
         if due:
@@ -445,14 +453,15 @@ def main(argv=None):
         generator = generator_for(config, "data", step)
         starts = torch.randint(windows, (config.batch_size,), generator=generator)
         loss = torch.zeros((), device=device)
-        for i, rows in enumerate(starts.view(config.grad_accum, world_size, micro_batch)[:, rank]):
+        mine = starts.view(config.grad_accum, world_size, micro_batch)[:, rank]
+        for i, rows in enumerate(mine):
             x, y = batch(train_tokens, rows, config, device)
             # DDP adds gradients up in the last micro-step, FSDP in each: it cannot hold them whole
             hold = use_ddp and i < config.grad_accum - 1
             with forward.no_sync() if hold else contextlib.nullcontext():
-                part = forward(x, y) / config.grad_accum
-                part.backward()
-            loss += part.detach()
+                micro_loss = forward(x, y) / config.grad_accum
+                micro_loss.backward()
+            loss += micro_loss.detach()
         loss = mean_over_ranks(loss)
         limit = config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -460,7 +469,7 @@ def main(argv=None):
             norm = norm.full_tensor()
         norm = norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise SystemExit(f"error: step {step}: loss {loss}, norm {norm}. {good_state}")
+            raise SystemExit(f"error: step {step}: loss {loss}, norm {norm}. {hint}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.monotonic() - tick)

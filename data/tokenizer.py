@@ -22,7 +22,7 @@ PLAYS = Path(__file__).resolve().parent / "shakespeare" / "plays.tiktoken"
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # What a run's or a dataset's folder keeps of a Hugging Face folder, in tokenizer/.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-FILES += ("generation_config.json", "config.json")
+FILES += ("generation_config.json", "config.json", "chat_template.jinja")
 # How a byte-level tokenizer.json spells bytes: a printable one as that character of Latin-1, the
 # others as U+0100 and on.
 OTHERS = [i for i in range(256) if i < 33 or not chr(i).isprintable()]

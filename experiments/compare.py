@@ -144,13 +144,8 @@ def run_all(name, preset, seeds, steps):
         call("-m", "data.shakespeare.prepare", "--tokenizer", "bytes", "--out", str(PLAYS))
     records = []
     for setting, fields in runs(name, preset, seeds, steps):
-        r = finish(preset, setting, fields)
-        print(
-            f"{label(r):24} added mean {r['added_mean']:g}  seed {r['seed']}  "
-            f"share {r['mean_share'][-1][1]:.3f}  val loss {r['val'][-1][1]:.4f}",
-            flush=True,
-        )
-        records.append(r)
+        records.append(finish(preset, setting, fields))
+        print(f"{fields['out_dir']}: val loss {records[-1]['val'][-1][1]:.4f}", flush=True)
     return {"preset": preset, "steps": steps, "base": EXPERIMENTS[name]["base"], "runs": records}
 
 

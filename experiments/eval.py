@@ -1,4 +1,4 @@
-r"""Evaluate runs: loss, bits per byte, last words and BLiMP's minimal pairs, in two precisions.
+r"""Evaluate runs: loss, bits per byte, LAMBADA and BLiMP, in two precisions.
 
     python -m experiments.eval --out-dir out/nano-fp4 out/nano-fp4_mean
     python -m experiments.eval --out-dir out/smollm2 --dataset shakespeare-smollm2 \
@@ -11,24 +11,21 @@ examples, so that one is the smaller. --json has each of BLiMP's phenomena too.
 
     val loss      nats a token, over the same windows as train.py's
     bits per byte the same loss, comparable between tokenizers
-    last word     in passages of the validation text, see `last_words`: right if greedy decoding
-                  gives the whole word. The log of the perplexity is in nats a word; as a mean
-                  it has a standard error
-    LAMBADA       the same for the data of arXiv 1606.06031, after OpenAI's preprocessing
+    LAMBADA       (arXiv 1606.06031, after OpenAI's preprocessing) the last word of a passage: right
+                  if greedy decoding gives the whole word. The log of the perplexity is in nats a
+                  word; as a mean it has a standard error
     BLiMP         share of pairs (arXiv 1912.00582) whose good sentence has the larger probability;
                   a tie counts one half
 
 In FP4 means and tensor scales are constants, measured before on training text
 (tools/stored_means.py). With --means batch, and always for recipes that need more than constants,
-such as fp4_svd, they are those of the batch, as in training, and a score depends on it: so a batch
-holds sequences of one length, without padding, and, where there are enough of them, as many tokens
-as a micro-step of the training. The batches are the same at every call with the same arguments.
+such as fp4_svd, they are those of the batch, and a score depends on it. So a batch holds sequences
+of one length, without padding, and as many tokens as a micro-step of the training if there are.
 """
 
 import argparse
 import json
 import math
-import re
 import sys
 import tarfile
 from pathlib import Path
@@ -39,7 +36,7 @@ import torch.nn.functional as F
 
 import fp4
 from data.shards import load, open_text
-from data.tokenizer import EOT, encoding_of
+from data.tokenizer import encoding_of
 from experiments.compare import markdown
 from model import GPT, load_checkpoint
 from tools.stored_means import calibrate_on
@@ -84,21 +81,6 @@ def read_lambada(path, limit=None):
         text = r["text"] if "text" in r else f"{r['context']} {r['continuation']}"
         context, _, word = text.strip().rpartition(" ")
         passages.append((context.rstrip(), f" {word}"))  # the space belongs to the word's token
-    return passages[:limit]
-
-
-def last_words(text, limit=1000):
-    """[(context, " word"), ...], the first `limit` passages of a text in LAMBADA's manner.
-
-    A word of 4 letters or more before one of . , ; ! ? (a colon ends a speaker's name), if it has
-    occurred in the same document among the 300 characters before, which are the context: it can be
-    known, but not from the last few words alone. The same passages for all tokenizers."""
-    passages = []
-    for document in text.split(EOT):
-        for word in re.finditer(r"(?<=\S) ([A-Za-z]{4,})(?=[.,;!?])", document):
-            context = document[max(0, word.start() - 300) : word.start()].partition(" ")[2]
-            if re.search(rf"\b{word[1]}\b", context, re.IGNORECASE):
-                passages.append((context, word[0]))
     return passages[:limit]
 
 
@@ -152,15 +134,12 @@ def score(model, examples, batch_tokens):
     return logp, exact
 
 
-def measure(
-    model, val, encoding, *, windows, block_size, batch_tokens, blimp=(), lambada=(), limit=None
-):
+def measure(model, val, encoding, *, windows, block_size, batch_tokens, blimp=(), lambada=()):
     """{column: (examples, values)} and the same for {phenomenon: ...}; values (N,), one an example,
     of which the mean is reported.
 
     val: data.shards.Tokens; windows: how many, of block_size tokens; blimp, lambada: see
-    `read_blimp` and `read_lambada`; limit: of the passages of the validation text. Rounding noise
-    is the same at every call."""
+    `read_blimp` and `read_lambada`. Rounding noise is the same at every call."""
     torch.manual_seed(0)
     ids = val.batch(val.spaced(windows, block_size + 1), block_size + 1).tolist()
     logp, _ = score(model, [(w[:1], w[1:]) for w in ids], batch_tokens)
@@ -176,13 +155,10 @@ def measure(
         tokens = [tokenize(encoding, *example, block_size) for example in examples]
         return score(model, tokens, batch_tokens)
 
-    passages = last_words(encoding.decode(val.shards[0][: 2**20].tolist()))[:limit]
-    for name, examples in {"last word": passages, "LAMBADA": lambada}.items():
-        if examples:
-            logp, exact = score_texts(examples)
-            columns[f"{name}, %"] = examples, 100.0 * exact
-            columns[f"{name}, log perplexity"] = examples, -logp
-
+    if lambada:
+        logp, exact = score_texts(lambada)
+        columns["LAMBADA, %"] = lambada, 100.0 * exact
+        columns["LAMBADA, log perplexity"] = lambada, -logp
     if not blimp:
         return columns, {}
     logp, _ = score_texts([("", sentence) for pair in blimp for sentence in pair[2:]])
@@ -264,7 +240,6 @@ def evaluate(out_dir, precision, args, blimp, lambada):
         batch_tokens=args.batch_tokens or sequences * block_size,
         blimp=blimp,
         lambada=lambada,
-        limit=args.limit,
     )
     return parts, means
 
@@ -281,7 +256,7 @@ def main(argv=None):
     parser.add_argument("--means", choices=("stored", "batch"), default="stored", help="(stored)")
     parser.add_argument("--blimp", help="folder data of https://github.com/alexwarstadt/blimp")
     parser.add_argument("--lambada", help="its .jsonl, see huggingface.co/datasets/EleutherAI")
-    parser.add_argument("--limit", type=int, help="passages at most (all)")
+    parser.add_argument("--limit", type=int, help="passages of LAMBADA at most (all)")
     parser.add_argument("--pairs", type=int, help="pairs a phenomenon at most (--limit)")
     parser.add_argument("--batch-tokens", type=int, help="(those of a micro-step of the training)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -232,7 +232,7 @@ def added_mean(x, rms):
     """A fixed random row (m,), FP32, of `rms` times the RMS of x (T, m), a constant to the
     gradient."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(x.shape[1], generator=generator).to(x.device)
+    direction = torch.randn(x.shape[1], dtype=torch.float32, generator=generator).to(x.device)
     return rms * x.detach().float().square().mean().sqrt() * direction
 
 

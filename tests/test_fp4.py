@@ -134,7 +134,7 @@ def lay_out(x, layout):
     return x
 
 
-@settings(fixed, max_examples=300)
+@settings(fixed, max_examples=400)
 @given(
     matrices(),
     st.sampled_from([torch.float32, torch.bfloat16]),
@@ -146,7 +146,7 @@ def test_equals_reference(drawn, dtype, layout):
     check(fp4.quantize(lay_out(x, layout), block), reference.quantize(x.float().numpy(), block))
 
 
-@settings(fixed, max_examples=150)
+@settings(fixed, max_examples=200)
 @given(
     arrays(np.float32, array_shapes(min_dims=1, max_dims=1, max_side=18).map(lambda s: (*s, 16))),
     st.sampled_from(BLOCKS),
@@ -156,20 +156,13 @@ def test_equals_reference_on_any_floats(x, block):  # infinities and NaN too
 
 
 @every_block
-@pytest.mark.parametrize("amax", [1e-45, 1e-38, 7.9e-36, 1e-5, 1, 3.4e38, INF])
+@pytest.mark.parametrize("amax", [0, 1e-45, 1e-38, 7.9e-36, 1e-5, 1, 3.4e38, INF])
 def test_extreme_amax(block, amax):
     x = (torch.randn(32, 32).clamp(-1, 1).double() * min(amax, 3.4e38)).float()
     x[0, 0] = amax
     q = fp4.quantize(x, block)
     check(q, reference.quantize(x.numpy(), block))
     assert not q.dequantize().isnan().any()
-
-
-@every_block
-def test_zeros(block):
-    q = fp4.quantize(torch.zeros(17, 32), block)
-    assert q.tensor_scale == 0 and not q.scales.float().any() and not q.codes.any()
-    assert not q.dequantize().any() and not q.dequantize().isnan().any()
 
 
 @every_block
@@ -196,13 +189,6 @@ def test_nan_marks_its_block_only(block):
 
 
 @every_block
-def test_the_amax_is_over_all_that_is_a_number(block):
-    x = torch.randn(48, 48)
-    x[20, 20], x[21, 21] = 100, NAN  # in one 16 x 16 block
-    assert fp4.quantize(x, block).tensor_scale == torch.tensor(100.0) / torch.tensor(2688.0)
-
-
-@every_block
 def test_infinity(block):
     x = torch.randn(48, 48)
     x[20, 20], x[40, 40], x[0, 0] = INF, -INF, 0
@@ -225,9 +211,8 @@ def test_division_is_one_rounding(monkeypatch):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "block"),
-    [((16, 17), torch.float32, (1, 16)), ((16, 8), torch.float32, (16, 16)),
-     ((0, 16), torch.float32, (1, 16)), ((16,), torch.float32, (1, 16)),
-     ((2, 16, 16), torch.float32, (1, 16)), ((16, 16), torch.float32, (16, 4)),
+    [((16, 8), torch.float32, (16, 16)), ((0, 16), torch.float32, (1, 16)),
+     ((16,), torch.float32, (1, 16)), ((16, 16), torch.float32, (16, 4)),
      ((16, 16), torch.int64, (1, 16))],
 )  # fmt: skip
 def test_quantize_names_what_does_not_fit(shape, dtype, block):
@@ -335,14 +320,6 @@ def on_the_grid(rows, cols):
     x = E2M1[torch.randint(8, (rows, cols))] * torch.randn(rows, cols).sign()
     x[torch.arange(rows)[:, None] % 16 == torch.arange(cols) % 16] = 6
     return x
-
-
-@every_block
-def test_sr_keeps_the_grid(block):
-    x = on_the_grid(64, 64)
-    x[:16, :16] = 2688  # S_enc = 1 and, where the amax is 6, so is the factor
-    for seed in range(8):
-        assert torch.equal(fp4.quantize(x, block, seed).dequantize(), x)
 
 
 def test_sr_is_right_on_average():
@@ -471,10 +448,8 @@ def exact(monkeypatch):
         return mean, unrounded(x - mean), unrounded((x - mean).t())
 
     def gemm(a, b, dtype, left=None, right=None):
-        y = a.codes @ b.codes.t()
-        if right is None:
-            return y
-        return y + right if left is None else y + left * right
+        outer = 0 if right is None else right if left is None else left * right
+        return a.codes @ b.codes.t() + outer
 
     monkeypatch.setattr(fp4, "center_quantize", center_quantize)
     monkeypatch.setattr(fp4, "quantize_weight", lambda w: (unrounded(w), unrounded(w.t())))
@@ -666,37 +641,32 @@ def test_gradients_draw_new_noise(recipe):
 
 
 # ------------------------------------------------------------------------------------------------
-# Any tokens, dtypes and strides
+# Any input, under anything
 
 
 @main_recipes
-@pytest.mark.parametrize("tokens", [1, 17, 32])
-@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_any_tokens_and_dtypes(recipe, tokens, weight, dtype):
-    """What FP32 gives, to the last cast; to fp32, FP64 adds nothing."""
+@pytest.mark.parametrize(
+    ("tokens", "layout", "weight", "dtype"),
+    [
+        (1, "contiguous", torch.float32, torch.float32),
+        (17, "strided", torch.float32, torch.bfloat16),
+        (32, "transposed", torch.bfloat16, torch.bfloat16),
+        (33, "transposed", torch.float32, torch.float32),
+        (17, "contiguous", torch.float64, torch.float16),
+        (32, "strided", torch.bfloat16, torch.float64),
+    ],
+)
+def test_any_tokens_strides_and_dtypes(recipe, tokens, layout, weight, dtype):
+    """What FP32 gives, to the order of its sums and the last cast; to fp32, FP64 adds nothing."""
     layer = linear(recipe).to(weight)
-    x, d = torch.randn(1, tokens, 32).to(dtype), torch.randn(1, tokens, 48).to(dtype)
+    x, d = torch.randn(tokens, 32).to(dtype), torch.randn(tokens, 48).to(dtype)
     torch.manual_seed(1)
-    got = backward(layer, x, d)
+    got = backward(layer, lay_out(x, layout), lay_out(d, layout))
     torch.manual_seed(1)
     want = backward(copy.deepcopy(layer).float(), x.float(), d.float())
     for a, b, due in zip(got, want, (dtype, dtype, weight), strict=True):
         assert (a.dtype, a.shape) == (due, b.shape) and b.any()
         assert relative(a, b) <= 2 * max(torch.finfo(due).eps, 2**-20)
-
-
-@main_recipes
-@pytest.mark.parametrize("layout", ["transposed", "strided"])
-def test_any_strides(recipe, layout):
-    layer, x, d = linear(recipe), torch.randn(32, 32), torch.randn(32, 48)
-    torch.manual_seed(1)
-    want = backward(layer, x, d)
-    torch.manual_seed(1)
-    got = backward(layer, lay_out(x, layout), lay_out(d, layout))
-    for a, b in zip(got, want, strict=True):
-        # strides may change the order of FP32 sums, of at most 48 terms, but no rounding to FP4
-        assert (a - b).abs().max() <= 48 * 2**-24 * b.abs().max() * 48**0.5
 
 
 @every_recipe

@@ -4,7 +4,6 @@ Triton's interpreter. And what the compiler makes of them for GPUs that are not 
 import functools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -98,29 +97,20 @@ def test_mean_and_amax(rows, cols, dtype):
     same(table[0], x.float().abs().max() / torch.tensor(2688.0))
 
 
-def test_statistics_twice_are_the_same():
-    x = matrix(300, 80).to(DEVICE)
-    same(kernels.statistics(x, True), kernels.statistics(x, True))
-
-
 # ------------------------------------------------------------------------------------------------
 # Center and quantize, weights
 
 
-@pytest.mark.parametrize("seeds", [None, (7, -8)], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("seeds", [None, (2**31 - 1, -8)], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("center", [False, True], ids=["", "center"])
-@pytest.mark.parametrize(("rows", "cols"), [(1, 16), (16, 16), (17, 48), (33, 528), (100, 80)])
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(1, 16), (16, 16), (17, 48), (33, 528), (100, 80), (32, 1024)]
+)
 def test_center_quantize(rows, cols, center, seeds):
+    """The last shape in whole tiles, two across: without masks."""
     for dtype in (torch.float32, torch.bfloat16):
         _, got, want = round_both(matrix(rows, cols, dtype), center, seeds)
         same(got, want)
-
-
-@pytest.mark.parametrize("seeds", [None, (7, -8)], ids=["nearest", "stochastic"])
-def test_whole_tiles(seeds):
-    """Without masks, and two columns of tiles."""
-    _, got, want = round_both(matrix(32, 1024, torch.bfloat16), True, seeds)
-    same(got, want)
 
 
 @pytest.mark.parametrize(("n", "m"), [(16, 16), (48, 80), (32, 1040), (144, 16), (16, 512)])
@@ -149,15 +139,6 @@ def test_only_what_is_wanted_is_rounded():
     same([r, r_t], both)
 
 
-def test_seeds():
-    codes = []
-    for seeds in ((1, 2), (2, 1), (2**31 - 1, 0)):
-        _, got, want = round_both(matrix(40, 64), True, seeds)
-        same(got, want)
-        codes.append(got[0][0].cpu())
-    assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[1], codes[2])
-
-
 def test_the_largest_noise_leaves_a_code_alone():
     """What is exactly a code stays it, also where all 16 bits of the noise are ones."""
     for seed in range(1000):
@@ -174,11 +155,12 @@ def test_the_largest_noise_leaves_a_code_alone():
     same(got, nearest)
 
 
-def test_bf16_at_an_odd_address():
+def test_any_place_in_memory():
+    """BF16 is read in pairs, which an odd address splits."""
     x = matrix(17, 48, torch.bfloat16).to(DEVICE)
     odd = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
     row = torch.cat((x[:1], x[:1, :1]), 1)[:, :48]  # contiguous to PyTorch, with a stride of 49
-    for other, same_values in ((odd, x), (row, x[:1])):
+    for other, same_values in ((odd, x), (row, x[:1]), (x.t().contiguous().t(), x)):
         _, *got = kernels.center_quantize(other, False, True, True, None)
         _, *want = kernels.center_quantize(same_values, False, True, True, None)
         same(got, want)
@@ -223,13 +205,6 @@ def test_nan_and_inf(bad, center, seeds):
             same(scale, r.nan_to_num(0, INF, -INF).abs().max() / torch.tensor(2688.0))
             codes = fp4.unpack(codes.cpu(), axis=1)
             assert (codes[hit.repeat_interleave(16, 1)] == 7).all()
-
-
-def test_strides():
-    x = matrix(64, 96)
-    _, whole, _ = round_both(x.t().contiguous())
-    _, view, _ = round_both(x.t())
-    same(view, whole)
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (16, 24), (16,)])
@@ -347,9 +322,9 @@ def step(layer, x, d):
 
 def on_both(recipe, dtype, monkeypatch):
     """A step of a layer by the kernels and by the twin, with noise of the same seeds."""
-    layer = fp4.FP4Linear(48, 32, False, recipe, device=DEVICE)
+    layer = fp4.FP4Linear(48, 16, False, recipe, device=DEVICE)
     x = matrix(22, 48, dtype, 1).view(2, 11, 48).to(DEVICE)
-    d = matrix(22, 32, dtype, 2).view(2, 11, 32).to(DEVICE)
+    d = matrix(22, 16, dtype, 2).view(2, 11, 16).to(DEVICE)
     monkeypatch.setattr(fp4, "KERNELS", None)
     want = step(layer, x, d)
     monkeypatch.setattr(fp4, "KERNELS", DEVICE.type)
@@ -443,43 +418,39 @@ def test_model_step(on_kernels, monkeypatch):
 UNSAMPLED = "import train; train.GPT.generate = lambda self, tokens, *_: tokens; train.main()"
 
 
-def train(tmp_path, name, interpret="", steps=2, **flags):
+def train(out, **flags):
     """The losses of a run of train.py, and what it printed."""
     words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], 3000)
-    data, out = tmp_path / "data", tmp_path / name
-    if not data.exists():
-        encoding = get_encoding("bytes")
-        tokens = encode(encoding, [" ".join(words)])
-        write_dataset(data, encoding, {"train": tokens[:8000], "val": tokens[8000:]})
-    flags = {
+    tokens = encode(get_encoding("bytes"), [" ".join(words)])
+    parts = {"train": tokens[:8000], "val": tokens[8000:]}
+    write_dataset(out / "data", get_encoding("bytes"), parts)
+    flags |= {
         "n_layer": 1, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "dim": 32, "ffn_dim": 48,
-        "block_size": 16, "batch_size": 2, "max_steps": steps, "warmup_steps": 1,
-        "eval_windows": 2, "eval_interval": steps, "dataset": data, "out_dir": out,
-        "device": "cpu", **flags,
+        "warmup_steps": 1, "eval_windows": 2, "eval_interval": flags["max_steps"],
+        "dataset": out / "data", "out_dir": out / "run",
     }  # fmt: skip
     line = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    environment = {**os.environ, "TRITON_INTERPRET": interpret}
     command = [sys.executable, "-c", UNSAMPLED, *line]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [r.get("loss", r.get("val_loss")) for r in records], result.stdout
+    records = (out / "run" / "metrics.jsonl").read_text().splitlines()
+    return [r.get("loss", r.get("val_loss")) for r in map(json.loads, records)], result.stdout
 
 
-def test_training_in_the_interpreter(tmp_path):
-    """Real steps of train.py through the kernels, with the losses of the plain path."""
-    want, _ = train(tmp_path, "plain")
-    got, said = train(tmp_path, "interpreted", "1")
+def test_training_in_the_interpreter(tmp_path, monkeypatch):
+    """A real step of train.py through the kernels."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    losses, said = train(tmp_path, device="cpu", max_steps=1, batch_size=1, block_size=16)
     assert "FP4: Triton's interpreter" in said
-    assert len(got) == 4 and max(abs(a - b) for a, b in zip(got, want, strict=True)) < 1e-4
+    assert losses == pytest.approx([math.log(320)] * 3, rel=0.05)  # of a vocabulary of 257, padded
 
 
 @needs_gpu
 def test_training_on_the_gpu(tmp_path):
     """200 steps on the GPU follow the CPU's. On a CPU two seeds of the noise differ by up to 6% in
     the steep part and by .0006 at the end; bf16 differs by 14% in the steep part."""
-    flags = {"steps": 200, "learning_rate": 1e-2, "batch_size": 16, "block_size": 32}
-    (want, _), (got, _) = (train(tmp_path, d, device=d, **flags) for d in ("cpu", "cuda"))
+    flags = {"max_steps": 200, "learning_rate": 1e-2, "batch_size": 16, "block_size": 32}
+    (want, _), (got, _) = (train(tmp_path / d, device=d, **flags) for d in ("cpu", "cuda"))
     smooth = (np.convolve(losses, np.ones(20) / 20, "valid") for losses in (got, want))
     np.testing.assert_allclose(*smooth, rtol=0.1)
     assert abs(got[-1] - want[-1]) < 0.01
@@ -490,31 +461,29 @@ def test_training_on_the_gpu(tmp_path):
 # is replaced; that is done in a process of its own, where kernels.py is not interpreted.
 
 
-def launches():
-    """Every kernel, as its launcher configures it: (case, call)."""
-    bf16, fp32, byte = ({"dtype": t} for t in (torch.bfloat16, torch.float32, torch.uint8))
-    x, odd = torch.zeros(4096, 1024, **bf16), torch.zeros(33, 80, **bf16)
-    w, seeds = torch.zeros(1024, 1024, **fp32), torch.zeros(2, dtype=torch.int32)
-    one, row = torch.ones(()), torch.zeros(1024)
-    a, a_s = torch.zeros(4096, 512, **byte), torch.zeros(4096, 64, **byte)  # codes, scales of X
-    t, t_s = torch.zeros(2048, 1024, **byte).t(), torch.zeros(256, 1024, **byte).t()  # of its Xᵀ
-    b, b_s = torch.zeros(1024, 512, **byte), torch.zeros(64, 64, **byte)  # of W
-    odd_a, odd_b = torch.zeros(33, 40, **byte), torch.zeros(48, 40, **byte)
-    odd_as, odd_bs = torch.zeros(33, 5, **byte), torch.zeros(3, 5, **byte)
-    center_quantize, gemm = kernels.center_quantize, kernels.gemm_fused
+def launches(arch):
+    """All launchers, with inputs as in training: (case, launcher, arguments)."""
+
+    def byte(*shape):
+        return torch.zeros(shape, dtype=torch.uint8)
+
+    x, w = torch.zeros(4096, 1024, dtype=torch.bfloat16), torch.zeros(1024, 1024)
+    seeds, one, row = torch.zeros(2, dtype=torch.int32), torch.ones(()), torch.zeros(1024)
+    r, r_t = (byte(4096, 512), byte(4096, 64)), (byte(2048, 1024).t(), byte(256, 1024).t())
+    w_q, w_t = (byte(1024, 512), byte(64, 64)), (byte(512, 1024).t(), byte(64, 64).t())
+    odd = byte(33, 40), byte(33, 5), byte(48, 40), byte(3, 5)
     mean = one, one, one.expand(4096), row
-    return [
-        ("nearest", center_quantize, (x, True, True, True, None)),
-        ("stochastic", center_quantize, (x, True, True, True, seeds)),
-        ("odd", center_quantize, (odd, True, True, True, seeds)),
-        ("weight", kernels.quantize_weight, (w,)),
-        ("fprop", gemm, (a, a_s, b, b_s, *mean, torch.bfloat16)),
-        ("dgrad", gemm, (a, a_s, b.view(512, 1024).t(), b_s.t(), *mean, torch.bfloat16)),
-        ("wgrad", gemm, (t, t_s, t, t_s, one, one, row, row, torch.float32)),
-        ("odd", gemm, (odd_a, odd_as, odd_b, odd_bs, one, one, None, None, torch.bfloat16)),
-        ("rows", kernels.decode, (a, a_s)),
-        ("columns", kernels.decode, (t, t_s)),
-    ]
+    yield "nearest", kernels.center_quantize, (x, True, True, True, None)
+    yield "stochastic", kernels.center_quantize, (x, True, True, True, seeds)
+    if arch == 90:  # with masks; it takes the compiler long
+        yield "odd", kernels.center_quantize, (x[:33, :80], True, True, True, seeds)
+    yield "weight", kernels.quantize_weight, (w,)
+    yield "fprop", kernels.gemm_fused, (*r, *w_q, *mean, torch.bfloat16)
+    yield "dgrad", kernels.gemm_fused, (*r, *w_t, *mean, torch.bfloat16)
+    yield "wgrad", kernels.gemm_fused, (*r_t, *r_t, one, one, row, row, torch.float32)
+    yield "odd", kernels.gemm_fused, (*odd, one, one, None, None, torch.bfloat16)
+    yield "rows", kernels.decode, r
+    yield "columns", kernels.decode, r_t
 
 
 LOADS = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "v2.b32": 8, "v2.b64": 16, "v4.b32": 16}  # bytes
@@ -522,9 +491,10 @@ NOT_ALU = r"FADD|FMUL|FFMA|HFMA2|HADD2|HMUL2|IMAD|I2F|F2I|F2F|MUFU|LD|ST|SHFL|BA
 NOT_ALU += r"U[A-Z]|R2UR|CS2R|S2|BRA|EXIT|NOP|WARPSYNC|BSSY|BSYNC|DEPBAR|CALL|RET"
 
 
+@functools.cache
 def describe(kernel):
-    """What a CompiledKernel needs and does, from its PTX and its machine code. Instructions are
-    those of a lane for an element, in a kernel without loops that rounds 16 x ROUND_COLUMNS."""
+    """What a kernel needs and does, from its PTX and its machine code. Instructions: those of a
+    lane for an element, where there is no loop and a program rounds 16 x ROUND_COLUMNS."""
     ptx, code = kernel.asm["ptx"], kernel.asm["sass"]
     verbs = re.findall(r"\t(?:@!?U?P\w+ )?([A-Z]\w+)", code)
     widths = [LOADS[w] for w in re.findall(r"ld\.global\.(?:\w+::\w+\.)*([\w.]+)", ptx)]
@@ -535,7 +505,7 @@ def describe(kernel):
         "shared": kernel.metadata.shared,
         "spills": sum(verb.startswith(("LDL", "STL")) for verb in verbs),
         "load": max(widths),
-        "tensor cores": set(re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S+", ptx)),
+        "tensor cores": re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S+", ptx),
         "loops": verbs.count("BRA") - 1,  # one is the jump to itself that follows the code
         "instructions": lanes * len(verbs),
         "ALU": lanes * sum(not re.match(NOT_ALU, verb) for verb in verbs),
@@ -544,30 +514,29 @@ def describe(kernel):
 
 def compile_all():
     """{(architecture, kernel, case): what `describe` says}."""
-    import triton
     from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    target, table, launch = None, {}, JITFunction.run
+    table, launched, launch = {}, [], JITFunction.run
 
     class Driver:
-        get_current_target = staticmethod(lambda: target)
-        get_current_device = staticmethod(lambda: target.arch)  # the key of Triton's cache
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
+        get_current_device = staticmethod(lambda: arch)  # the key of Triton's cache
         get_current_stream = staticmethod(lambda device: 0)
         get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
 
     def compile_only(self, *args, **kwargs):
-        kernel = launch(self, *args, **{**kwargs, "warmup": True})
-        table.setdefault((target.arch, self.fn.__name__, case), kernel)
+        launched.append((self.fn.__name__, launch(self, *args, **{**kwargs, "warmup": True})))
 
-    triton.runtime.driver.set_active(Driver())
+    driver.set_active(Driver())
     JITFunction.run = compile_only
     for arch in (80, 90, 100, 120):
-        target = GPUTarget("cuda", arch, 32)
-        for case, call, args in launches():
-            call(*args)
-    described = {kernel.hash: describe(kernel) for kernel in table.values()}
-    return {key: described[kernel.hash] for key, kernel in table.items()}
+        for case, launcher, args in launches(arch):
+            launched.clear()
+            launcher(*args)
+            table |= {(arch, name, case): describe(kernel) for name, kernel in launched}
+    return table
 
 
 @pytest.fixture(scope="module")
@@ -578,12 +547,11 @@ def table():
 @pytest.mark.parametrize(
     ("arch", "verbs"),
     [
-        (80, ["mma.sync", "bf16.bf16"]),
-        (90, ["wgmma", "bf16.bf16"]),
+        (80, ["mma.sync", "bf16.bf16"]), (90, ["wgmma", "bf16.bf16"]),
         (100, ["tcgen05.mma", "kind::mxf4nvf4.block_scale", "scale_vec::4X"]),
         (120, ["mma.sync", "kind::mxf4nvf4.block_scale", "e2m1.e2m1.f32.ue4m3"]),
     ],
-)
+)  # fmt: skip
 def test_compiles(table, arch, verbs):
     rows = {key[1:]: row for key, row in table.items() if key[0] == arch}
     assert {name for name, _ in rows} == {
@@ -613,9 +581,9 @@ def test_rounding_takes_few_instructions(table, arch, case, instructions, alu):
 
 
 def test_bench_runs():
-    sizes = "--shape=nano", "--rounds=1", "--device=cpu", "--batch=1", "--precisions=fp4_mean"
-    command = [sys.executable, "-m", "tools.bench", *sizes]
+    flags = "--device=cpu", "--rounds=1", "--batch-size=1", "--length=16", "--precisions=fp4_mean"
+    command = [sys.executable, "-m", "tools.bench", *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "same bits" in result.stdout and "False" not in result.stdout
-    assert "fp4_mean" in result.stdout
+    assert result.stdout.count(" True\n") == 4 and "False" not in result.stdout
+    assert re.search(r"^fp4_mean +[\d.]+ +[\d,]+ +- +- +-$", result.stdout, re.MULTILINE)

@@ -180,6 +180,7 @@ def test_an_exported_tokenizer_has_our_ids(name, tmp_path):
     assert theirs(TEXT + EOT)["input_ids"] == ids and theirs.decode(ids) == TEXT + EOT
     assert theirs.bos_token_id == theirs.eos_token_id == encoding.eot_token
     assert len(theirs) == encoding.n_vocab
+    assert AutoConfig.from_pretrained(directory).eos_token_id == encoding.eot_token
 
 
 def test_a_llama_gets_its_bos_and_continues_as_transformers_does(tmp_path):
@@ -385,6 +386,18 @@ def test_tokens_one_by_one_have_the_logits_of_the_whole_text(tmp_path):
     assert relative(torch.cat(steps, 1), whole) < 1e-5
     assert 0 < relative(whole, before) < 0.6
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("recipe", ["fp4_mean", "fp4_project_1d"])
+def test_the_kernels_multiply_as_plain_pytorch_does(recipe, monkeypatch):
+    model, x = one_layer(recipe), tokens_with_a_mean(23)
+    calibrate(model, [x])
+    want = model(x)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(fp4, "KERNELS", device)
+    model.to(device)
+    for rows in (slice(None), slice(5, 6)):
+        assert relative(model(x[rows].to(device)).cpu(), want[rows]) < 1e-5
 
 
 def test_what_no_constant_can_stand_for_stays():

@@ -19,18 +19,10 @@ import torch
 import fp4
 from model import GPT, ModelConfig
 
-SHAPES = {  # a model, sequences a step, tokens of a sequence: those of train.py's presets
+SHAPES = {  # of train.py's presets: the model, sequences a micro-step, tokens of one
     "nano": ({}, 16, 128),
-    "small": (
-        {"n_layer": 8, "n_head": 8, "n_kv_head": 4, "dim": 512, "ffn_dim": 1536},
-        64,
-        256,
-    ),
-    "124m": (
-        {"n_layer": 12, "n_head": 12, "n_kv_head": 12, "dim": 768, "ffn_dim": 2048},
-        32,
-        1024,
-    ),
+    "small": ({"n_layer": 8, "n_head": 8, "n_kv_head": 4, "dim": 512, "ffn_dim": 1536}, 64, 256),
+    "124m": ({"n_layer": 12, "n_head": 12, "n_kv_head": 6, "dim": 768, "ffn_dim": 2304}, 16, 1024),
 }
 MATRICES = (8192, 1024), (8192, 4096), (16384, 8192)  # tokens, features: of the kernels' table
 
@@ -55,7 +47,7 @@ def quantizer(repeats=30):
     """ns a value for fp4.quantize (amax, scales, codes, packing) of a 2048 x 1024 FP32 matrix."""
     cpu = torch.device("cpu")
     x = torch.randn(2048, 1024)
-    cases = {
+    cases = {  # block, seed
         "1x16": ((1, 16), None),
         "1x16 stochastic": ((1, 16), 1),
         "16x1": ((16, 1), None),
