@@ -127,8 +127,8 @@ def parse(argv):
         if preset or not flags.get("out_dir"):
             parser.error("--resume takes the run's --out-dir, and no --preset")
         saved = load_checkpoint(flags["out_dir"])["config"]
-        for name in flags.keys() - FREE_ON_RESUME:
-            if flags[name] != saved.get(name):
+        for name, value in flags.items():
+            if name not in FREE_ON_RESUME and value != saved.get(name):
                 parser.error(f"the run in {flags['out_dir']} has {name} {saved.get(name)}")
         return Config(**saved | flags), resume
     if not preset and "init" not in flags:
@@ -468,7 +468,7 @@ def main(argv=None):
         if config.shard:
             norm = norm.full_tensor()
         norm = norm.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not math.isfinite(norm):  # nor is it where the loss is not
             raise SystemExit(f"error: step {step}: loss {loss}, norm {norm}. {hint}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

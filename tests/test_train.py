@@ -648,7 +648,7 @@ def test_flags_go_over_the_preset_over_the_defaults(tiny):
     config, resuming = train.parse(["--preset", str(tiny), "--batch-size", "8", "--no-tied"])
     assert (config.batch_size, config.tied, resuming) == (8, False, False)
     assert (config.dim, config.learning_rate) == (32, 0.01)
-    assert (config.weight_decay, config.out_dir) == (0.1, "out/tiny-fp4_mean")
+    assert (config.weight_decay, config.out_dir) == (0.1, f"out/{tiny.parent.name}-fp4_mean")
 
 
 @pytest.mark.parametrize(
