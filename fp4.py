@@ -117,8 +117,9 @@ class LinearHigh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, dtype):  # x (T, m), w (n, m)
+        need_dx, need_dw, _ = ctx.needs_input_grad
         x_high, w_high = to_dtype(x, dtype), to_dtype(w, dtype)
-        ctx.save_for_backward(x_high, w_high)
+        ctx.save_for_backward(x_high if need_dw else None, w_high if need_dx else None)
         ctx.dtypes = dtype, w.dtype
         return mm(x_high, w_high.t()).to(x.dtype)  # (T, n)
 

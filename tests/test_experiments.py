@@ -448,6 +448,18 @@ def test_only_what_splits_it_off_removes_a_mean_in_all_features():
     assert max(found["fp4_mean"][1], found["fp4_project"][1]) < found["fp4"][1] / 5
 
 
+def test_errors_are_root_mean_squares_and_a_mean_moves_no_unit():
+    mean = X + recipes.added_mean(X, 4.0)
+    weights, pair = {"a": W, "b": W}, {"a": (X, D), "b": (mean, D)}
+    both = analyze.remedy_errors(pair, weights, 0.0)["mean"]
+    one, two = (errors(x, "fp4_mean") for x in (X, mean))
+    due = [math.hypot(one[column], two[column]) / 2**0.5 for column in analyze.COLUMNS]
+    assert both == pytest.approx(due, rel=1e-4)
+    still, added = (analyze.remedy_errors({"a": (X, D)}, weights, rms) for rms in (0.0, 4.0))
+    assert added["mean"][4] == pytest.approx(still["mean"][4], rel=0.02)
+    assert added["none"][4] > 2 * still["none"][4]
+
+
 def test_errors_by_hand():
     y = torch.tensor([[1.0, 5.0], [3.0, 5.0]])  # over tokens: 1 and -1 about (2, 5)
     shifted = analyze.gemm_errors((y + 3, 2 * y, 0 * y), (y, y, y))

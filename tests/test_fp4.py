@@ -188,15 +188,6 @@ def test_nan_marks_its_block_only(block):
     assert torch.equal(v[~inside], clean[~inside])
 
 
-@every_block
-def test_infinity(block):
-    x = torch.randn(48, 48)
-    x[20, 20], x[40, 40], x[0, 0] = INF, -INF, 0
-    v = fp4.quantize(x, block).dequantize()
-    assert v[20, 20] == INF and v[40, 40] == -INF and v[0, 0] == 0
-    assert not v.isnan().any()
-
-
 def test_division_is_one_rounding(monkeypatch):
     """2688.0 / tensor, reciprocal times scalar, gives other bits: fp4 must not. In BF16 ties are
     frequent, and every last bit counts."""
@@ -346,13 +337,6 @@ def test_sr_slope():
     assert (x_top * q_top).sum() / x_top.square().sum() == pytest.approx(0.9884, abs=5 * 6.9e-4)
 
 
-def test_seeds():
-    x = torch.randn(64, 64)
-    one, again, two = (fp4.quantize(x, seed=s) for s in (1, torch.tensor(1, dtype=torch.int32), 2))
-    assert torch.equal(one.codes, again.codes)
-    assert not torch.equal(one.codes, two.codes)
-
-
 # ------------------------------------------------------------------------------------------------
 # Compiled, in processes of their own: `use_fast_path` rebinds the passes of its process.
 
@@ -406,7 +390,8 @@ def round_trip(x):
 def test_rounding_to_bf16_survives_the_compiler():
     """torch.compile drops a cast to BF16 and back."""
     x = torch.cat((torch.randn(1000), 1 + torch.arange(512) / 2**9, torch.tensor([0.0, INF, NAN])))
-    x = torch.cat((x, -x, 3e38 * x, 1e-38 * x))
+    nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # as GPUs make it
+    x = torch.cat((x, -x, 3e38 * x, 1e-38 * x, nan))
     assert same(torch.compile(round_trip)(x), x.bfloat16().float())
 
 
@@ -500,6 +485,15 @@ def test_gemms_of_reference_operands(recipe):
         product((d, w_q)),
         product((d.T, columns), (d.T @ ones, mu)),
     )
+    for a, (b, bound) in zip(got, want, strict=True):
+        assert (np.abs(a.numpy() - b) <= bound).all()
+
+
+def test_bf16_rounds_every_operand():
+    layer, x, d = linear("bf16", 24, 40), torch.randn(64, 24), torch.randn(64, 40)  # of any width
+    got = backward(layer, x, d)
+    x, d, w = (t.bfloat16().float() for t in (x, d, layer.weight.detach()))
+    want = product((x, w.t())), product((d, w)), product((d.t(), x))
     for a, (b, bound) in zip(got, want, strict=True):
         assert (np.abs(a.numpy() - b) <= bound).all()
 
@@ -658,7 +652,7 @@ def test_gradients_draw_new_noise(recipe):
 )
 def test_any_tokens_strides_and_dtypes(recipe, tokens, layout, weight, dtype):
     """What FP32 gives, to the order of its sums and the last cast; to fp32, FP64 adds nothing."""
-    layer = linear(recipe).to(weight)
+    layer = linear(recipe, bias=True).to(weight)
     x, d = torch.randn(tokens, 32).to(dtype), torch.randn(tokens, 48).to(dtype)
     torch.manual_seed(1)
     got = backward(layer, lay_out(x, layout), lay_out(d, layout))
@@ -767,11 +761,11 @@ def test_convert():
     assert pickle.loads(pickle.dumps(model)).free.recipe == "bf16"
 
 
-def test_convert_keeps_endings_of_names_with_all_that_is_in_them():
+def test_convert_keeps_modules_by_name_with_all_that_is_in_them():
     model = fp4.convert(network(), "bf16", keep="lm_head")
     assert type(model.free) is fp4.FP4Linear and type(model.lm_head) is nn.Linear
-    model = fp4.convert(network(), "bf16", keep=["free", "body"])
-    assert type(model.free) is type(model.body[0]) is nn.Linear
+    model = fp4.convert(network(), "bf16", keep=["head", "body"])
+    assert type(model.lm_head) is fp4.FP4Linear and type(model.body[0]) is nn.Linear
     assert type(fp4.convert(network(), "bf16", keep=()).lm_head) is fp4.FP4Linear
 
 
@@ -862,7 +856,7 @@ def test_convert_says_what_is_no_linear():
     with pytest.raises(ValueError, match=r"no nn.Linear to convert.*mlp: Conv1D"):
         fp4.convert(model)
     model["attention"] = nn.Linear(32, 16)
-    with pytest.warns(UserWarning, match="25% of the matrices converted, not mlp: Conv1D"):
+    with pytest.warns(UserWarning, match="25% of the matrices are converted, but not mlp"):
         fp4.convert(model)
 
 
@@ -904,8 +898,3 @@ def test_sharded_tensors_are_refused_by_name(mesh):
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_other_shapes_fit():
-    assert linear("bf16", 24, 40)(torch.randn(3, 24)).shape == (3, 40)
-    assert linear("fp4")(torch.randn(32)).shape == (48,)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 
 from fp4 import FP4Linear
-from model import CHECKPOINT_FORMAT, GPT, ModelConfig
+from model import CHECKPOINT_FORMAT, GPT, ModelConfig, RMSNorm, rotate
 
 TINY = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "head_dim": 16, "dim": 48, "ffn_dim": 80}
 NAMES = {"embedding": ["model.embed_tokens"], "norm": ["model.norm"], "head": ["lm_head"]}
@@ -89,6 +89,14 @@ def test_rotary_tables_are_fp32_whatever_the_default_dtype():
     angle = torch.arange(1000, 1024).double()[:, None] * 5e5 ** -(torch.arange(8) / 8).double()
     torch.testing.assert_close(cos, angle.cos().float(), atol=2e-4, rtol=0)
     torch.testing.assert_close(sin, angle.sin().float(), atol=2e-4, rtol=0)
+
+
+def test_norms_and_rotation_of_bf16_compute_in_fp32():
+    x, norm = torch.randn(3, 5, 16).bfloat16(), RMSNorm(16, 1e-6)
+    norm.weight.data.normal_()
+    assert torch.equal(norm(x), norm(x.float()).bfloat16())
+    cos, sin = tiny().rope(1000, 5, "cpu")
+    assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
 
 
 def test_attention_is_causal():

@@ -507,7 +507,8 @@ make_optimizer = train.make_optimizer
 def count(model, config):
     local = [p.to_local() if config.shard else p for p in model.parameters()]
     with open(f"{sys.argv[-1]}/size-{os.environ['RANK']}", "w") as file:
-        file.write(str(sum(p.numel() for p in local)))
+        units = sum(type(module).__name__.startswith("FSDP") for module in model.modules())
+        file.write(f"{sum(p.numel() for p in local)} {units}")
     return make_optimizer(model, config)
 train.make_optimizer = count
 """
@@ -580,8 +581,10 @@ def test_sharded_processes_train_as_whole_ones_and_hold_half(two, tiny, tmp_path
     assert_close_runs(two, tmp_path)
     for rank in "01":
         assert (two / f"seeds-{rank}").read_text() == (tmp_path / f"seeds-{rank}").read_text()
-        whole, part = (int((out / f"size-{rank}").read_text()) for out in (two, tmp_path))
-        assert part / whole == pytest.approx(0.5, rel=0.01)
+        whole, _ = (two / f"size-{rank}").read_text().split()
+        part, units = (tmp_path / f"size-{rank}").read_text().split()
+        assert int(part) / int(whole) == pytest.approx(0.5, rel=0.01)
+        assert units == "3"  # two blocks and the model: a block is whole only while it runs
     there, here = tensors(two), tensors(tmp_path)
     assert {k: (t.dtype, t.shape) for k, t in there.items()} == {
         k: (t.dtype, t.shape) for k, t in here.items()
@@ -620,12 +623,15 @@ def test_recomputed_activations_are_the_same_bit_for_bit(tiny, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_model_rounds_to_bf16(tiny, tmp_path):
+def test_a_compiled_model_rounds_to_bf16(tiny, tmp_path, monkeypatch):
     """A compiler that drops a cast to BF16 and back trains in FP32 and does not say so."""
+    seen, compile_model = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: seen.append(model) or compile_model(model))
     fields = {"n_layer": 1, "max_steps": 8, "warmup_steps": 0}
     eager = run(tiny, tmp_path / "eager", precision="bf16", **fields)
     fp32 = run(tiny, tmp_path / "fp32", precision="fp32", **fields)
     compiled = run(tiny, tmp_path / "compiled", "--compile", precision="bf16", **fields)
+    assert [type(model) for model in seen] == [GPT]
     assert losses(compiled) == pytest.approx(losses(eager), abs=1e-5)
     assert np.abs(np.subtract(losses(compiled), losses(fp32))).max() > 2e-4
 
