@@ -65,13 +65,12 @@ def read_jsonl(path):
 
 
 def read_blimp(path, limit=None):
-    """[(term, phenomenon, good, bad), ...], the first `limit` of each phenomenon, sorted by both
-    names."""
+    """[(term, phenomenon, good, bad), ...], the first `limit` of each phenomenon."""
     phenomena = {}
     for r in read_jsonl(path):
         pair = r["linguistics_term"], r["UID"], r["sentence_good"], r["sentence_bad"]
         phenomena.setdefault(pair[:2], []).append(pair)
-    return [pair for name in sorted(phenomena) for pair in phenomena[name][:limit]]
+    return [pair for pairs in phenomena.values() for pair in pairs[:limit]]
 
 
 def read_lambada(path, limit=None):

@@ -262,6 +262,28 @@ def draw_remedies(stages):
     return figure
 
 
+def draw_downstream(rows):
+    """Loss and scores of a model rounded as it is, with stored means, minus those of bf16."""
+    columns = {
+        "val loss": "loss, nats a token",
+        "LAMBADA, log perplexity": "LAMBADA, log perplexity",
+        "BLiMP, %": "BLiMP, %",
+    }
+    figure, axes = panels(10, 3, len(columns), sharey=True)
+    rounded = rows[1:]  # the first is bf16
+    for ax, (column, title) in zip(axes, columns.items(), strict=True):
+        for place, row in enumerate(rounded):
+            _, _, _, difference, error = row["columns"][column]
+            color = STYLES[row["in"]]["color"]
+            ax.barh(place, difference, 0.6, xerr=error, color=color, capsize=3)
+        ax.axvline(0, color="#222222", lw=0.8)
+        ax.set(title=title)
+    axes[0].set_yticks(range(len(rounded)), [row["in"] for row in rounded])
+    axes[0].invert_yaxis()
+    figure.supxlabel("minus bf16's", fontsize=10)
+    return figure
+
+
 FIGURES = {  # of a JSON file: the figures drawn from it
     "added_mean": {"added_mean": draw_added_mean},
     "ablations": {"ablations": draw_ablations},
@@ -272,6 +294,7 @@ FIGURES = {  # of a JSON file: the figures drawn from it
         "stripes": draw_stripes, "depth": draw_depth, "smollm2_remedies": draw_remedies
     },
     "train_on": {"train_on": draw_train_on},
+    "smollm2_stored": {"downstream": draw_downstream},
 }  # fmt: skip
 
 
