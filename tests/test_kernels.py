@@ -426,7 +426,7 @@ def train(out, **flags):
     write_dataset(out / "data", get_encoding("bytes"), parts)
     flags |= {
         "n_layer": 1, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "dim": 32, "ffn_dim": 48,
-        "warmup_steps": 1, "eval_windows": 2, "eval_interval": flags["max_steps"],
+        "warmup_steps": 1, "eval_windows": 1, "eval_interval": flags["max_steps"],
         "dataset": out / "data", "out_dir": out / "run",
     }  # fmt: skip
     line = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]

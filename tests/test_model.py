@@ -9,20 +9,9 @@ import transformers
 
 from fp4 import FP4Linear
 from model import CHECKPOINT_FORMAT, GPT, ModelConfig, RMSNorm, rotate
+from tools import hf
 
 TINY = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "head_dim": 16, "dim": 48, "ffn_dim": 80}
-NAMES = {"embedding": ["model.embed_tokens"], "norm": ["model.norm"], "head": ["lm_head"]}
-for ours, theirs in (("blocks.0.", "model.layers.0."), ("blocks.1.", "model.layers.1.")):
-    NAMES |= {  # of modules: ours, and transformers', which together are one of ours
-        ours + "attention_norm": [theirs + "input_layernorm"],
-        ours + "ffn_norm": [theirs + "post_attention_layernorm"],
-        ours + "attention.qkv": [f"{theirs}self_attn.{part}_proj" for part in "qkv"],
-        ours + "attention.out": [theirs + "self_attn.o_proj"],
-        ours + "attention.q_norm": [theirs + "self_attn.q_norm"],
-        ours + "attention.k_norm": [theirs + "self_attn.k_norm"],
-        ours + "ffn.gate_up": [theirs + "mlp.gate_proj", theirs + "mlp.up_proj"],
-        ours + "ffn.down": [theirs + "mlp.down_proj"],
-    }
 
 
 def tiny(**changes):
@@ -30,14 +19,9 @@ def tiny(**changes):
     return GPT(config, torch.Generator().manual_seed(0))
 
 
-def by_our_names(tensors):
-    renamed = {}
-    for name, parts in NAMES.items():
-        for kind in ("weight", "bias"):
-            found = [tensors[f"{part}.{kind}"] for part in parts if f"{part}.{kind}" in tensors]
-            if found:
-                renamed[f"{name}.{kind}"] = torch.cat(found)
-    return renamed
+def by_our_names(tensors, config):
+    names = hf.parameter_names(config).items()
+    return {name: torch.cat([tensors[part] for part in parts]) for name, parts in names}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -61,7 +45,7 @@ def test_logits_and_gradients_equal_transformers(family, theta, changes, tied):
     for name, p in theirs.named_parameters():
         if p.ndim == 1:
             p.data.normal_(0 if name.endswith("bias") else 1, 0.3)
-    ours.load_state_dict(by_our_names(theirs.state_dict()))
+    ours.load_state_dict(by_our_names(theirs.state_dict(), ours.config))
     tokens = torch.randint(97, (2, 256))
     expected = theirs(tokens, labels=tokens)
     loss = ours(tokens[:, :-1], tokens[:, 1:])
@@ -72,8 +56,7 @@ def test_logits_and_gradients_equal_transformers(family, theta, changes, tied):
     loss.backward()
     expected.loss.backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    gradients.setdefault("lm_head.weight", gradients["model.embed_tokens.weight"])
-    gradients = by_our_names(gradients)
+    gradients = by_our_names(gradients, ours.config)
     for name, p in ours.named_parameters(remove_duplicate=False):
         torch.testing.assert_close(p.grad, gradients[name], atol=1e-5, rtol=1e-4)
 

@@ -47,12 +47,6 @@ def imports(module):
     return found
 
 
-def test_the_root_has_five_files():
-    assert sorted(path.stem for path in ROOT.glob("*.py")) == [
-        "fp4", "kernels", "model", "sample", "train",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_point_one_way(module):
     ours = {name.split(".")[0] for name in imports(module)} & MAY_IMPORT.keys()
@@ -63,7 +57,9 @@ def test_imports_point_one_way(module):
     assert lazy == (["experiments.recipes"] if module == "fp4" else [])
 
 
-def test_imports_have_no_circle():
+def test_the_root_has_five_files_and_imports_no_circle():
+    root = {name for name in SOURCES if "." not in name}
+    assert root == {"fp4", "kernels", "model", "sample", "train"}
     graph = {name: imports(name) & SOURCES.keys() for name in SOURCES}
     assert graph["train"] == {"data.shards", "data.tokenizer", "fp4", "model"}
     graphlib.TopologicalSorter(graph).prepare()  # CycleError names one
@@ -75,16 +71,13 @@ def test_the_worked_block_prints_what_it_says():
     assert result.attempted >= 5 and result.failed == 0
 
 
-def test_eight_lines_are_the_layer():
+def test_python_blocks_run(monkeypatch):
+    """The first, of eight lines, is the layer. The others convert a model."""
+    monkeypatch.setattr(fp4, "use_fast_path", lambda device: "plain PyTorch")
     scope, x, w = {}, torch.randn(64, 32) + 1, torch.randn(48, 32)
     exec(PYTHON[0], scope)
     assert len(PYTHON[0].splitlines()) <= 8
     torch.testing.assert_close(scope["linear"](x, w), fp4.linear(x, w, "fp4_mean"))
-
-
-def test_the_other_blocks_run(monkeypatch):
-    monkeypatch.setattr(fp4, "use_fast_path", lambda device: "plain PyTorch")
-    scope = {}
     for block in PYTHON[1:]:
         exec(block, scope)
     assert any(type(layer) is fp4.FP4Linear for layer in scope["model"])

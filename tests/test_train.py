@@ -18,25 +18,24 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fp4
 import sample
 import train
 from data.shards import Tokens, load, write_dataset
-from data.tokenizer import BYTE, EOT, encode, get_encoding
-from model import GPT, Block, ModelConfig, load_checkpoint
+from data.tokenizer import encode, get_encoding
+from model import GPT, Block, load_checkpoint
+from tools.hf import transformers_tokenizer
 from train import Config, generator_for, seed_for
 
 ROOT = Path(train.__file__).parent
 TINY = {
     "n_layer": 2, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "dim": 32, "ffn_dim": 48,
     "block_size": 32, "batch_size": 4, "max_steps": 10, "learning_rate": 0.01, "warmup_steps": 2,
-    "eval_interval": 4, "eval_windows": 8, "log_interval": 5, "device": "cpu",
+    "eval_interval": 3, "eval_windows": 8, "log_interval": 5, "device": "cpu",
 }  # fmt: skip
 fp4.recipe_named("fp4_project_1d")  # adds the experiments' recipes to fp4.RECIPES
-PLUS = [name for name in fp4.RECIPES if "plus" in name]
-RECIPES = [name for name in fp4.RECIPES if name not in PLUS[1:]]
+RECIPES = [name for name in fp4.RECIPES if "plus" not in name]
 
 
 def prepare(folder, encoding, words, length=2000):
@@ -46,6 +45,14 @@ def prepare(folder, encoding, words, length=2000):
     write_dataset(folder / "data", encoding, {"train": tokens[:length], "val": tokens[length:]})
     (folder / "tiny.json").write_text(json.dumps(TINY | {"dataset": str(folder / "data")}))
     return folder / "tiny.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain():
+    """Nothing is compiled: that takes longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp4, "use_fast_path", lambda device: "plain PyTorch")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +72,19 @@ def copy(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-def flags(fields):
-    return [str(part) for k, v in fields.items() for part in ("--" + k.replace("_", "-"), v)]
-
-
-def main(*argv):
-    """train.py without compiling."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fp4, "use_fast_path", lambda device: "plain PyTorch")
-        train.main([str(part) for part in argv])
+def command(*argv, **fields):
+    """Arguments, and a flag for each field, as strings."""
+    named = [part for k, v in fields.items() for part in ("--" + k.replace("_", "-"), v)]
+    return [str(part) for part in (*argv, *named)]
 
 
 def run(preset, out, *argv, **fields):
-    main("--preset", preset, "--out-dir", out, *argv, *flags(fields))
+    train.main(command("--preset", preset, "--out-dir", out, *argv, **fields))
     return out
 
 
 def resume(out, *argv, **fields):
-    main("--resume", "--out-dir", out, *argv, *flags(fields))
+    train.main(command("--resume", "--out-dir", out, *argv, **fields))
 
 
 def refused(call, *args, **fields):
@@ -95,11 +97,10 @@ def refused(call, *args, **fields):
 
 
 PLAIN = "import os, signal, sys, fp4, train; fp4.use_fast_path = lambda device: 'plain PyTorch'\n"
-MAIN = "train.main(sys.argv[1:])\n"
 SIGNAL = """
 schedule = train.learning_rate
 def learning_rate(step, config):
-    if step == 5:
+    if step == 7:
         os.kill(os.getpid(), signal.{})
     return schedule(step, config)
 train.learning_rate = learning_rate
@@ -107,27 +108,24 @@ train.learning_rate = learning_rate
 
 
 def processes(size, code, *argv, ends=0, **fields):
-    """train.py after this code in as many processes, as torchrun starts them: what the first one
-    printed. ends: the exit code of all, or if not 0 of one of them."""
-    command = [sys.executable, "-c", PLAIN + code + MAIN, *map(str, argv), *flags(fields)]
+    """train.py after this code in as many processes, as torchrun starts them. ends: the exit code
+    of all, or if not 0 of one of them."""
+    code = PLAIN + code + "train.main(sys.argv[1:])"
+    python = [sys.executable, "-c", code, *command(*argv, **fields)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    group |= {"WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    group["WORLD_SIZE"] = str(size)
     started = []
     for rank in range(size):
-        environment = os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-        pipes = {"stdout": output, "stderr": output, "text": True}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        environment = os.environ | group | {"RANK": str(rank)}
+        started.append(subprocess.Popen(python, cwd=ROOT, env=environment))
     try:
-        stdout, stderr = started[0].communicate(timeout=100)
-        codes = [process.wait(timeout=20) for process in started]
+        codes = [process.wait(timeout=100) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert ends in codes and (ends or not any(codes)), stderr
-    return stdout
+    assert ends in codes and (ends or not any(codes))
 
 
 def metrics(out):
@@ -190,17 +188,15 @@ def starts(monkeypatch):
 def test_a_run_is_a_folder_a_sample_and_a_summary(tiny, tmp_path, capsys):
     out = run(tiny, tmp_path / "run", precision="bf16")
     assert set(files(out)) == {"config.json", "metrics.jsonl", "checkpoint.pt", "loss.png"}
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     for step in (5, 10):  # log_interval 5
         assert f"step {step:6d}  loss {losses(out)[step - 1]:.4f}  lr " in printed
     assert printed.count("  lr ") == 2
-    text, _, lines = printed.split("--- sample ---\n")[1].rpartition("\n---\n")
-    assert text
+    _, _, lines = printed.split("--- sample ---\n")[1].rpartition("\n---\n")
     summary = dict(line.split(": ") for line in lines.splitlines())
-    assert (summary["precision"], summary["out_dir"]) == ("bf16", str(out))
-    assert float(summary["val_loss"]) == pytest.approx(metrics(out)[-1]["val_loss"], abs=1e-4)
-    bits = float(summary["val_loss"]) / math.log(2)  # a token of this tokenizer is a byte
+    loss = metrics(out)[-1]["val_loss"]
+    assert float(summary["val_loss"]) == pytest.approx(loss, abs=1e-4)
+    bits = loss / math.log(2)  # a token of this tokenizer is a byte
     assert float(summary["bits_per_byte"]) == pytest.approx(bits, abs=2e-4)
     parameters = sum(p.numel() for p in GPT.load(out).parameters())
     assert (int(summary["parameters"]), int(summary["tokens"])) == (parameters, 10 * 4 * 32)
@@ -235,15 +231,15 @@ def test_ten_steps_end_at_a_known_loss(precision, loss, val_loss, tolerance, tin
 
 
 def test_precisions_start_from_the_same_weights_and_see_the_same_batches(tiny, tmp_path, starts):
-    weights, windows = [], []
+    weights = []
     for precision in ("bf16", "fp4_mean"):
         out = run(tiny, tmp_path / precision, "--keep", precision=precision, max_steps=4)
         weights.append(load_checkpoint(out / "step-0.pt")["model"])
-        windows.append({split: list(rows) for split, rows in starts.items()})
-        starts["train"].clear(), starts["val"].clear()
     assert_same_tensors(*weights)
-    assert windows[0] == windows[1]
-    assert len(windows[0]["train"]) == 4 and windows[0]["train"][0] != windows[0]["train"][1]
+    for rows in starts.values():
+        half = len(rows) // 2
+        assert rows[:half] == rows[half:]
+    assert len(starts["train"]) == 8 and starts["train"][0] != starts["train"][1]
 
 
 def test_evaluation_sees_the_same_windows_and_changes_nothing(tiny, tmp_path, starts):
@@ -272,66 +268,36 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(tiny, tmp_path):
 # Interrupted runs.
 
 
-def test_a_killed_run_resumes_bit_for_bit(tiny, whole, tmp_path):
-    """And its lock ends with it."""
+@pytest.mark.parametrize(
+    ("number", "ends", "step", "records"),
+    [("SIGKILL", -signal.SIGKILL, 6, 7), ("SIGINT", 0, 8, 8)],
+)
+def test_an_interrupted_run_resumes_bit_for_bit(number, ends, step, records, tiny, whole, tmp_path):
+    """Ctrl-C saves at once, and kill -9 takes the lock along. With --keep the checkpoint of every
+    evaluation stays, and not that of an interruption."""
     out = tmp_path / "run"
-    killed = {"ends": -signal.SIGKILL, "out_dir": out}
-    processes(1, SIGNAL.format("SIGKILL"), "--preset", tiny, **killed)
-    assert load_checkpoint(out)["step"] == 4 and len(losses(out)) == 5
-    resume(out)
-    assert_same_run(out, whole)
-
-
-def test_ctrl_c_saves_at_once_and_the_run_resumes_bit_for_bit(tiny, whole, tmp_path):
-    """With --keep the checkpoint of every evaluation stays, and not that of the interruption."""
-    out = tmp_path / "run"
-    printed = processes(1, SIGNAL.format("SIGINT"), "--preset", tiny, "--keep", out_dir=out)
-    assert printed.splitlines()[-1].startswith("stopped at step 6 and saved")
-    assert load_checkpoint(out)["step"] == 6
+    processes(1, SIGNAL.format(number), "--preset", tiny, "--keep", ends=ends, out_dir=out)
+    assert (load_checkpoint(out)["step"], len(losses(out))) == (step, records)
     resume(out)
     assert_same_run(out, whole)
     kept = {int(path.stem[5:]): load_checkpoint(path)["step"] for path in out.glob("step-*.pt")}
-    assert kept == {0: 0, 4: 4, 8: 8, 10: 10}
-
-
-def test_a_torn_last_record_does_not_stop_a_resume(copy, whole):
-    with open(copy / "metrics.jsonl", "a") as file:
-        file.write('{"step": 10, "lo')
-    resume(copy)
-    assert_same_run(copy, whole)
+    assert kept == {0: 0, 3: 3, 6: 6, 9: 9, 10: 10}
 
 
 def test_a_finished_run_goes_on_when_asked_for_more_steps(copy, whole):
+    """Also if the last record of its metrics is torn."""
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "lo')
     resume(copy, max_steps=12)
     assert metrics(copy)[:-3] == metrics(whole)[:-1]
     assert [m["step"] for m in metrics(copy)[-3:]] == [10, 11, 12]
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"learning_rate": 0.5}, "has learning_rate 0.01"),
-        ({"precision": "bf16"}, "has precision fp4_mean"),
-        ({"dim": 48}, "has dim 32"),
-    ],
-    ids=str,
-)
-def test_resume_refuses_another_config_and_names_the_field(fields, named, copy):
-    before = files(copy)
-    assert named in refused(resume, copy, **fields)
-    assert files(copy) == before
-
-
-def test_a_run_whose_dataset_has_moved_resumes(tiny, copy, whole, tmp_path):
-    """Bit for bit: data is what it is, wherever it lies."""
-    data = shutil.copytree(tiny.parent / "data", tmp_path / "data")
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_run_knows_its_data_wherever_it_lies(split, tiny, copy, whole, tmp_path):
+    data = Path(shutil.copytree(tiny.parent / "data", tmp_path / "data"))
     resume(copy, dataset=data)
     assert_same_run(copy, whole)
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_resume_refuses_other_data(split, tiny, copy, tmp_path):
-    data = Path(shutil.copytree(tiny.parent / "data", tmp_path / "data"))
     shard = data / f"{split}_000.bin"
     content = bytearray(shard.read_bytes())
     content[2000] ^= 1
@@ -341,44 +307,39 @@ def test_resume_refuses_other_data(split, tiny, copy, tmp_path):
     assert files(copy) == before
 
 
-def test_a_run_knows_its_tokenizer(tmp_path, capsys):
+def test_a_run_knows_its_tokenizer(tmp_path):
     """Its dataset is prepared again, with another tokenizer, in the same place."""
     words = "to be or not that is the question"
     preset = prepare(tmp_path, get_encoding("plays"), words)
     out = run(preset, tmp_path / "run", precision="bf16", max_steps=4)
-    before = continuation(capsys, out)
+    before = continuation(out)
     prepare(tmp_path, get_encoding("bytes"), words)
     assert "the dataset's tokenizer_hash is not that of" in refused(resume, out, max_steps=8)
-    assert continuation(capsys, out) == before
+    assert continuation(out) == before
 
 
-def test_a_run_keeps_a_tokenizer_that_is_none_of_ours(tmp_path, capsys):
-    write_tokenizer(tmp_path, range(256))
+def test_a_run_keeps_a_tokenizer_that_is_none_of_ours(tiny, tmp_path):
+    transformers_tokenizer(get_encoding("plays")).save_pretrained(tmp_path)
     preset = prepare(tmp_path, get_encoding(tmp_path), "a cat sat")
     out = run(preset, tmp_path / "run", precision="bf16", max_steps=4)
+    assert "has tokens of bytes" in refused(run, tiny, tmp_path / "other", init=out)
     (tmp_path / "tokenizer.json").unlink()
     shutil.rmtree(tmp_path / "data")
-    assert continuation(capsys, out).startswith("the cat")
-    write_tokenizer(out / "tokenizer", range(255, -1, -1))
-    assert "tokenizer" in refused(continuation, capsys, out)
+    assert continuation(out).startswith("the cat")
+    transformers_tokenizer(get_encoding("bytes")).save_pretrained(out / "tokenizer")
+    assert "tokenizer" in refused(continuation, out)
 
 
 # The folder.
 
 
-def test_another_run_is_not_overwritten(tiny, copy):
-    before = files(copy)
-    assert "another run. HINT: --resume" in refused(run, tiny, copy, precision="bf16")
-    assert files(copy) == before
-
-
 def test_a_folder_in_use_is_left_alone(tiny, copy, tmp_path):
     """Also by a second run that finds no checkpoint of the first yet."""
-    before = files(copy)
-    for out, start in ((copy, resume), (tmp_path / "new", lambda out: run(tiny, out))):
-        with filelock.FileLock(out / ".lock"):
-            assert refused(start, out) == f"error: another process is training in {out}"
-    assert files(copy) == before and files(tmp_path / "new") == {}
+    before, other = files(copy), tmp_path / "other"
+    with filelock.FileLock(copy / ".lock"), filelock.FileLock(other / ".lock"):
+        assert "another process is training in" in refused(resume, copy)
+        assert "another process is training in" in refused(run, tiny, other)
+    assert files(copy) == before and files(other) == {}
 
 
 @pytest.mark.parametrize("room", [1000, 50_000])  # for config.json, or for metrics too
@@ -412,97 +373,33 @@ def test_a_gradient_that_overflows_stops_a_run_whose_loss_is_finite(copy, monkey
     assert load_checkpoint(copy)["step"] == 10
 
 
-def test_resume_refuses_what_is_no_checkpoint(copy):
-    whole = (copy / "checkpoint.pt").read_bytes()
-    (copy / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    before = files(copy)
-    assert "checkpoint.pt is cut short" in refused(resume, copy)
-    assert files(copy) == before
-
-
-# Runs that start from a model.
-
-
-def write_tokenizer(folder, ids):
-    """A token a byte, byte i as number ids[i], and <|endoftext|>, in a tokenizer.json."""
-    spelled = {value[0]: character for character, value in BYTE.items()}
-    tokenizer = Tokenizer(models.BPE({spelled[i]: ids[i] for i in range(256)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([EOT])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def run_from(init, tiny, out, *argv, **fields):
-    """Two steps of bf16 from another run, on the dataset of a config."""
-    small = {"precision": "bf16", "batch_size": 4, "block_size": 32, "max_steps": 2}
-    small |= {"warmup_steps": 1, "eval_windows": 8, "dataset": tiny.parent / "data"}
-    main("--init", init, "--out-dir", out, "--keep", *flags(small | fields), *argv)
-    return out
-
-
-def test_a_run_starts_from_another(whole, tiny, tmp_path):
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_run_starts_from_a_model(imported, whole, tiny, tmp_path):
     """With its weights and shape, and an optimizer and data of its own; it then stands alone."""
-    first = Path(shutil.copytree(whole, tmp_path / "first"))
-    out = run_from(first, tiny, tmp_path / "run", block_size=16)
+    other = Path(shutil.copytree(whole, tmp_path / "other"))
+    state = load_checkpoint(whole)
+    if imported:  # its config has a model's fields alone
+        del state["folder"]
+        state["config"] = dataclasses.asdict(GPT.load(whole).config)
+        state |= {"optimizer": None, "step": 0, "data": ""}
+        torch.save(state, other / "checkpoint.pt")
+    fields = {"precision": "bf16", "block_size": 16, "max_steps": 2}
+    out = run(tiny, tmp_path / "run", "--keep", init=other, **fields)
     start, end = (load_checkpoint(out / f"step-{step}.pt") for step in (0, 2))
-    assert_same_tensors(start["model"], load_checkpoint(first)["model"])
+    assert_same_tensors(start["model"], state["model"])
     assert not torch.equal(start["model"]["head.weight"], end["model"]["head.weight"])
-    config = end["config"]
-    assert (config["dim"], config["vocab_size"], config["block_size"]) == (32, 320, 16)
-    assert (config["precision"], config["init"]) == ("bf16", str(first))
+    assert {name: end["config"][name] for name in fields} == fields
     assert_same_run(run(out / "config.json", tmp_path / "again"), out)
     shutil.copy(out / "step-0.pt", out / "checkpoint.pt")
-    shutil.rmtree(first)
+    shutil.rmtree(other)
     resume(out)
     assert_same_run(out, tmp_path / "again")
-
-
-def test_a_run_starts_from_an_imported_model(whole, tiny, tmp_path):
-    """Whose config has a model's fields alone, and which has no optimizer and no data."""
-    state = load_checkpoint(whole)
-    config = dataclasses.asdict(GPT.load(whole).config)
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    config = {name: value for name, value in config.items() if name in names}
-    imported = tmp_path / "imported"
-    imported.mkdir()
-    (imported / "config.json").write_text(json.dumps(config))
-    del state["folder"]
-    state |= {"config": config, "optimizer": None, "step": 0, "data": ""}
-    torch.save(state, imported / "checkpoint.pt")
-    out = run_from(imported, tiny, tmp_path / "run")
-    assert_same_tensors(load_checkpoint(out / "step-0.pt")["model"], state["model"])
-
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        ("--dim 48", "has a dim of its own"),
-        ("--no-tied", "has a tied of its own"),
-        ("--vocab-size 257", "has a vocab_size of its own"),
-        ("--init out/missing", "HINT: python -m tools.hf smollm2 out/missing"),
-        ("--dataset ./data", "./data has tokens of "),
-    ],
-)
-def test_what_a_model_cannot_start_is_one_line(argv, named, whole, tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_tokenizer(tmp_path, range(255, -1, -1))
-    prepare(tmp_path, get_encoding("."), "a cat sat")
-    assert named in refused(run_from, whole, tiny, tmp_path / "run", *argv.split())
-    assert not (tmp_path / "run" / "config.json").exists()
 
 
 # Several processes.
 
 
 SPY = """
-quantize = fp4.center_quantize
-def center_quantize(x, center, rowwise=True, columnwise=True, seeds=None):
-    if seeds is not None:
-        with open(f"{sys.argv[-1]}/seeds-{os.environ['RANK']}", "a") as file:
-            file.write(f"{seeds.tolist()}\\n")
-    return quantize(x, center, rowwise, columnwise, seeds)
-fp4.center_quantize = center_quantize
 make_optimizer = train.make_optimizer
 def count(model, config):
     local = [p.to_local() if config.shard else p for p in model.parameters()]
@@ -518,15 +415,8 @@ train.make_optimizer = count
 def two(tiny, tmp_path_factory):
     """The folder of an fp4_mean run of 4 steps by two processes."""
     out = tmp_path_factory.mktemp("two")
-    printed = processes(2, SPY, "--preset", tiny, max_steps=4, vocab_size=321, out_dir=out)
-    assert printed.count("val_loss: ") == printed.count("--- sample ---") == 1
+    processes(2, SPY, "--preset", tiny, max_steps=4, vocab_size=321, out_dir=out)
     return out
-
-
-def test_every_rank_and_every_step_draws_noise_of_its_own(two):
-    """8 linears, 4 steps; whether a rank repeats itself or the other one, a line occurs twice."""
-    seeds = [line for rank in "01" for line in (two / f"seeds-{rank}").read_text().splitlines()]
-    assert len(seeds) == 2 * 4 * 8 and len(set(seeds)) == len(seeds)
 
 
 def test_two_processes_train_as_by_hand(two, tiny):
@@ -576,35 +466,26 @@ def test_sharded_processes_train_as_whole_ones_and_hold_half(two, tiny, tmp_path
     """DDP adds in the same order for two processes. The gradient's norm does not, and by its last
     bits clipping can turn the rounding of a value."""
     fields = {"max_steps": 4, "vocab_size": 321, "out_dir": tmp_path}
-    printed = processes(2, SPY, "--preset", tiny, "--shard", **fields)
-    assert printed.count("val_loss: ") == printed.count("--- sample ---") == 1
+    processes(2, SPY, "--preset", tiny, "--shard", **fields)
     assert_close_runs(two, tmp_path)
     for rank in "01":
-        assert (two / f"seeds-{rank}").read_text() == (tmp_path / f"seeds-{rank}").read_text()
         whole, _ = (two / f"size-{rank}").read_text().split()
         part, units = (tmp_path / f"size-{rank}").read_text().split()
         assert int(part) / int(whole) == pytest.approx(0.5, rel=0.01)
         assert units == "3"  # two blocks and the model: a block is whole only while it runs
-    there, here = tensors(two), tensors(tmp_path)
-    assert {k: (t.dtype, t.shape) for k, t in there.items()} == {
-        k: (t.dtype, t.shape) for k, t in here.items()
-    }
+    shapes = [{k: (t.dtype, t.shape) for k, t in tensors(out).items()} for out in (two, tmp_path)]
+    assert shapes[0] == shapes[1]
 
 
-def test_two_sharded_processes_are_killed_and_one_goes_on(one, tmp_path):
-    out = tmp_path / "run"
-    argv = SIGNAL.format("SIGKILL"), "--preset", one / "config.json", "--shard", "--recompute"
+def test_a_run_goes_on_with_other_numbers_of_processes(one, tmp_path):
+    """From one to two sharded ones, which are killed, and to one again."""
+    out = Path(shutil.copytree(one, tmp_path / "run"))
+    shutil.copy(out / "step-3.pt", out / "checkpoint.pt")
+    argv = SIGNAL.format("SIGKILL"), "--resume", "--shard", "--recompute"
     processes(2, *argv, ends=-signal.SIGKILL, out_dir=out)
-    assert load_checkpoint(out)["step"] == 4
+    assert (load_checkpoint(out)["step"], len(losses(out))) == (6, 7)
     assert "--no-shard" in refused(resume, out)
     resume(out, "--no-shard", "--no-recompute")
-    assert_close_runs(one, out)
-
-
-def test_two_sharded_processes_go_on_with_the_run_of_one(one, tmp_path):
-    out = Path(shutil.copytree(one, tmp_path / "run"))
-    shutil.copy(out / "step-4.pt", out / "checkpoint.pt")
-    processes(2, "", "--resume", "--shard", out_dir=out)
     assert_close_runs(one, out)
 
 
@@ -639,22 +520,14 @@ def test_a_compiled_model_rounds_to_bf16(tiny, tmp_path, monkeypatch):
 # The command line.
 
 
-def test_help_names_every_field_with_its_comment(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--help"])
-    assert stop.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(Config):
-        assert f"--{field.name.replace('_', '-')}" in printed
-    for comment in ("peak learning rate of AdamW (0.002)", "the head shares the embedding's"):
-        assert comment in printed
-
-
-def test_flags_go_over_the_preset_over_the_defaults(tiny):
+def test_flags_go_over_the_preset_over_the_defaults(tiny, whole):
     config, resuming = train.parse(["--preset", str(tiny), "--batch-size", "8", "--no-tied"])
     assert (config.batch_size, config.tied, resuming) == (8, False, False)
     assert (config.dim, config.learning_rate) == (32, 0.01)
     assert (config.weight_decay, config.out_dir) == (0.1, f"out/{tiny.parent.name}-fp4_mean")
+    config, _ = train.parse(["--init", str(whole)])  # gives a model's shape, and no more
+    assert (config.dim, config.vocab_size, config.learning_rate) == (32, 320, 0.002)
+    assert config.out_dir == f"out/{whole.name}-fp4_mean"
 
 
 @pytest.mark.parametrize(
@@ -672,16 +545,21 @@ def test_flags_go_over_the_preset_over_the_defaults(tiny):
         ("--block-size 4000", "no run of 4001 tokens in val"),
         ("--batch-size 5 --grad-accum 2", "--batch-size 5 must split into 1 processes"),
         ("--shard", "HINT: torchrun, or --no-shard"),
+        ("--out-dir copy --precision bf16", "copy holds another run. HINT: --resume"),
+        ("--init copy --dim 48", "copy has a dim of its own"),
+        ("--init missing", "HINT: python -m tools.hf smollm2 missing"),
         ("--resume", "--resume takes the run's --out-dir"),
-        pytest.param(
-            "--device cuda", "no CUDA GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
-        ),
+        ("--resume --out-dir copy --learning-rate 0.5", "has learning_rate 0.01"),
+        ("--device cuda", "no CUDA GPU"),
     ],
-)  # fmt: skip
-def test_what_cannot_work_is_one_line(argv, named, tiny, tmp_path):
-    assert named in refused(run, tiny, tmp_path / "run", *argv.split())
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+)
+def test_what_cannot_work_is_one_line_and_writes_no_run(argv, named, tiny, copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    preset = [] if "--resume --" in argv else ["--preset", tiny]
+    before = files(copy)
+    assert named in refused(train.main, command(*preset, *argv.split()))
+    assert files(copy) == before and not list(Path("out").rglob("checkpoint.pt"))
 
 
 # The parts.
@@ -697,7 +575,6 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 def test_matrices_decay_and_vectors_do_not():
-    """And a tied head is updated once."""
     config = Config(vocab_size=64, dim=32, n_layer=1, weight_decay=0.3, beta1=0.8, beta2=0.9)
     model = GPT(config)
     optimizer = train.make_optimizer(model, config)
@@ -706,22 +583,21 @@ def test_matrices_decay_and_vectors_do_not():
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0)
     assert {p.ndim for p in matrices["params"]} == {2}
     assert {p.ndim for p in vectors["params"]} == {1}
-    grouped = [id(p) for p in matrices["params"] + vectors["params"]]
-    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
+    grouped = len(matrices["params"]) + len(vectors["params"])
+    assert grouped == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("clip", [0.25, 0])
-def test_gradients_are_clipped(clip, tiny, tmp_path, monkeypatch):
-    """And with 0, as in most programs, they are not."""
-    norms, step = [], torch.optim.AdamW.step
+def test_gradients_are_clipped_but_by_0(clip, tiny, tmp_path):
+    norms = []
 
-    def spy(self, *args, **kwargs):
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+    def look(optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         norms.append(torch.nn.utils.get_total_norm(gradients).item())
-        return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(look)
     records = metrics(run(tiny, tmp_path, precision="bf16", grad_clip=clip, max_steps=2))
+    hook.remove()
     before = [m["grad_norm"] for m in records if "loss" in m]
     assert min(before) > 0.25
     assert norms == pytest.approx([clip] * 2 if clip else before, rel=1e-4)
@@ -748,22 +624,16 @@ def test_mean_share_of_a_known_input():
 # sample.py.
 
 
-def continuation(capsys, out, *argv):
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fp4, "use_fast_path", lambda device: "plain PyTorch")
-        argv = "--out-dir", out, "--prompt", "the cat", "--tokens", 20, "--device", "cpu", *argv
-        sample.main([str(part) for part in argv])
-    return capsys.readouterr().out
+def continuation(out, *argv):
+    fields = {"out_dir": out, "prompt": "the cat", "tokens": 20, "device": "cpu"}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        sample.main(command(*argv, **fields))
+    return printed.getvalue()
 
 
-def test_a_sample_goes_on_with_the_prompt_and_its_seed_repeats_it(whole, capsys):
-    first, again, other = (continuation(capsys, whole, "--seed", seed) for seed in (1, 1, 2))
+def test_a_sample_goes_on_with_the_prompt_and_its_seed_repeats_it(whole):
+    first, again, other = (continuation(whole, "--seed", seed) for seed in (1, 1, 2))
     assert first.startswith("the cat") and first.endswith("\n---\n") and len(first) > 20
     assert first == again != other
-    two = continuation(capsys, whole, "--seed", 1, "--samples", 2)
+    two = continuation(whole, "--seed", 1, "--samples", 2)
     assert two.startswith(first) and two.count("\n---\n") == 2
-
-
-def test_sampling_needs_a_run(tmp_path, capsys):
-    assert "no checkpoint at" in refused(continuation, capsys, tmp_path)
