@@ -476,7 +476,7 @@ def test_a_byte_level_target_is_tokenized_as_by_itself():
         assert evaluation.tokenize(encoding, text, word, 1000) == (context, target)
         fits = context[len(target) - 13 :]
         assert evaluation.tokenize(encoding, text, word, 12) == (fits, target)
-    assert evaluation.tokenize(encoding, "", text, 3)[0] == [encoding.eot_token]
+    assert len(evaluation.tokenize(encoding, "To be", text, 3)[0]) == 1  # the target fills it
 
 
 def test_a_sentencepiece_target_is_cut_from_the_whole_text(tmp_path):
