@@ -16,8 +16,8 @@ NVFP4 stores an operand of such a product in 4.5 bits a value (arXiv 2509.25149,
 The 16 values of a block share a scale, so one large value costs its 15 neighbours their resolution.
 The activations of all tokens have a component in common, their mean, and in large models it is
 large (arXiv 2603.10444). A feature with a large mean sets the scale of its block in every row, and
-what tells tokens apart is rounded coarsely. One subtraction repairs this. With μ the mean of X over
-its tokens, ν that of D, both rows, and 1 the column of T ones,
+what tells tokens apart is rounded coarsely. One subtraction repairs this. With the means over
+tokens, μ of X and ν of D, which are rows, and with 1 the column of T ones,
 
     X = 1 μ + R      D = 1 ν + S
 
@@ -37,8 +37,8 @@ the rounding of a token depends on later tokens too, by the mean as by the tenso
 Blocks and rounding follow NVIDIA's recipe (arXiv 2509.25149), without its Hadamard transform:
 
 - W is rounded once, in 16 x 16 blocks, so that fprop and dgrad see the same numbers.
-- X and D are rounded twice, both times from the unrounded values: in blocks along features, and in
-  blocks along tokens for wgrad, which contracts over tokens.
+- R and S are rounded twice, each time afresh: in blocks along features, and for wgrad, which
+  contracts over tokens, in blocks along tokens. So R~ of wgrad is not R~ of fprop.
 - Gradients are rounded stochastically, all else to nearest. To backward, rounding is the identity.
 
 Hardware without FP4 units emulates this exactly. E2M1 times E4M3 has at most 6 significant bits, so
@@ -233,8 +233,9 @@ def recipe_named(name):
 
 def linear(x, w, recipe):
     """Y (T, n) of X (T, m) and W (n, m), of any float dtypes, in X's dtype, by the recipe of this
-    name."""
-    if not torch.is_grad_enabled():  # else needs_input_grad would be True, and Rᵀ be rounded too
+    name. ValueError for a recipe or a width that does not fit."""
+    check_widths(recipe, w, "linear")
+    if not torch.is_grad_enabled():  # no_grad leaves needs_input_grad True
         x, w = x.detach(), w.detach()
     if len(x) == 0:  # an expert that gets no token: nothing to round, nor to average
         recipe = "fp32"
@@ -242,8 +243,8 @@ def linear(x, w, recipe):
     return function.apply(x, w, argument)
 
 
-def check_widths(recipe, layer, name):
-    n, m = layer.weight.shape
+def check_widths(recipe, w, name):
+    n, m = w.shape
     if recipe not in ("fp32", "bf16") and (m % 16 or n % 16):
         raise ValueError(f"{name}({m}, {n}): both must be multiples of 16. HINT: keep it in bf16")
 
@@ -259,7 +260,7 @@ class FP4Linear(nn.Linear):
     def __init__(self, in_features, out_features, bias=True, recipe="fp4_mean", **kwargs):
         super().__init__(in_features, out_features, bias, **kwargs)
         recipe_named(recipe)
-        check_widths(recipe, self, "FP4Linear")
+        check_widths(recipe, self.weight, "FP4Linear")
         self.recipe = recipe
 
     def forward(self, input):
@@ -279,9 +280,9 @@ class FP4Linear(nn.Linear):
 def convert(model, recipe="fp4_mean", keep=("head", "lm_head")):
     """Make every nn.Linear in a model, or the model itself, an FP4Linear, in place.
 
-    keep: modules that stay as they are, with all that is in them: names, or their last parts, such
-    as layers.0. Parameters, hooks and modes stay; converting again changes the recipe. Returns the
-    model, and warns of matrices in other modules, embeddings aside. ValueError, and nothing is
+    keep: modules that stay as they are, with all that is in them: dotted names, or ends of them,
+    such as layers.0. Parameters, hooks and modes stay; converting again changes the recipe. Returns
+    the model, and warns of matrices in other modules, embeddings aside. ValueError, and nothing is
     changed, if a width does not fit, if a linear would not run our forward, or if there is none."""
     recipe_named(recipe)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
@@ -303,7 +304,7 @@ def convert(model, recipe="fp4_mean", keep=("head", "lm_head")):
             if type(module) not in (nn.Linear, FP4Linear) or "forward" in vars(module):
                 hint = "convert before fully_shard, parametrize or accelerate, or keep it"
                 raise ValueError(f"{name} has a forward of its own. HINT: {hint}")
-            check_widths(recipe, module, name)
+            check_widths(recipe, module.weight, name)
             linears[module] = size
         elif size:
             others[name] = size
@@ -389,8 +390,8 @@ def quantize(x, block=(1, 16), seed=None):
 
     block   (bh, bw), one of BLOCKS; C must be a multiple of bw; zeros fill R to a multiple of bh
     seed    None: to nearest, ties to even. An int32, or a scalar tensor of it: up or down at
-            random, right on average, but for values that a block scale rounded down puts above 6:
-            they saturate (slope .9965 on Gaussian data)
+            random, right on average, but for values above 6 after scaling, which saturate (slope
+            .9965 on Gaussian data)
 
     Zero blocks give zeros; a NaN makes its block NaN, and no other. ValueError for what does not
     fit."""
@@ -423,7 +424,7 @@ def quantize_scaled(x, block, amaxes, amax, seed=None):
 
 # ------------------------------------------------------------------------------------------------
 # The bits. Four passes, which `use_fast_path` compiles for a CPU: block_amaxes, block_scales (over
-# blocks, 1/16 of a pass) and encode round; decode goes back.
+# blocks, 1/16 of a pass) and encode for rounding; decode for the way back.
 
 
 def in_blocks(x, block):
@@ -433,16 +434,16 @@ def in_blocks(x, block):
 
 
 def block_amaxes(x, block):
-    """The largest magnitude of each block, its axes kept; twice. In the first a NaN makes it NaN,
-    for the block's scale. In the second NaNs count as 0, for the tensor's scale."""
+    """Two: the largest magnitude of each block, its axes kept, NaN if a value is, for the block's
+    scale; and the same where a NaN counts as 0, for the tensor's scale."""
     a = in_blocks(x, block).abs()
     but_nan = torch.where(a == a, a, 0.0)  # isnan is not vectorized, and five times slower
     return a.amax(BLOCKS[block], keepdim=True), but_nan.amax(BLOCKS[block], keepdim=True)
 
 
 def tensor_scales(amax):
-    """FP32 scalars: the tensor scale amax / 2688; S_enc = 2688 / amax, 1 for zeros; and 1 / S_enc,
-    which differs from the first by a rounding.
+    """FP32 scalars: the tensor scale amax / 2688; S_enc = 2688 / amax, 1 for zeros; and S_dec = 1 /
+    S_enc, the tensor scale again, but for a rounding.
 
     The divisions are tensor by tensor: PyTorch makes 2688.0 / tensor a reciprocal and a product,
     two roundings. `use_fast_path` does not compile this: threads would share the scalars."""
@@ -473,7 +474,7 @@ def encode(x, factors, block, key):
     The code of magnitude a is the least of 2a, a + 2 and a/2 + 4: steps are 1/2 up to 2, 1 up to 4,
     2 up to 6. A sum with 2^23, whose last bit is worth 1, rounds each of these lines to even, which
     is E2M1's rounding. A sum with 128, whose last bit is worth 2^-16, keeps a fraction of 16 bits:
-    2.3 is code 4 and .3. Noise in [0, 1) added to that reaches code 5 in 3 of 10 cases."""
+    2.3 gives 4.3, code 4 and .3. With noise in [0, 1) added it reaches 5 in 3 of 10 cases."""
     y = in_blocks(x, block) * factors
     y = torch.where(y == y, y, 6.0)
     a = torch.where(y.abs() < 6.0, y.abs(), 6.0)

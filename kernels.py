@@ -48,7 +48,7 @@ GEMM_TILES = {  # of the GPU's major version: M, N, K, warps, stages; 0: the int
     12: (128, 64, 128, 8, 3),
 }
 FP4_CORES = 10, 12  # major versions of GPUs whose FP4 tensor cores `tl.dot_scaled` reaches
-CUBLAS = 8, 9  # where codes are decoded for cuBLAS: 2 to 3 times as fast on an H200, 8 not timed
+CUBLAS = 8, 9  # where codes are decoded for cuBLAS: an H200 (9) is 2 to 3 times as fast so
 
 # ------------------------------------------------------------------------------------------------
 # Rounding, in registers.
@@ -79,8 +79,8 @@ def _hash_rest(i):
 
 @triton.jit
 def _larger(a, b):
-    """The larger magnitude, as its bits: of integers NaN is the largest. On a GPU a maximum drops
-    NaN if not told to keep it, in the interpreter never."""
+    """The larger magnitude, as int32 bits, so that NaN is above all numbers. On a GPU a maximum
+    drops NaN if not told to keep it, in the interpreter never."""
     return _bits(tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL))
 
 
@@ -89,7 +89,9 @@ def _block_scales(amaxes, table):
     """From amaxes of blocks, as their bits: E4M3 bytes, int32; factors into [-6, 6]; and a mask of
     the sign bit, 0 for NaN, whose sign differs between machines. table: `_scale_table`."""
     s = tl.minimum(_float(amaxes) * tl.load(table + 1), 448.0)
-    power = tl.maximum(_float(_bits(s) & 0x7F800000), 0.015625)  # of two below s, at least 2^-6
+    power = tl.maximum(
+        _float(_bits(s) & 0x7F800000), 0.015625
+    )  # the largest power of two in s, at least 2^-6
     magic = power * 1048576.0  # 2^20 power has ulp power / 8, the step of fp4.e4m3_round
     s = (s + magic) - magic
     subnormal = _bits(s + 16384.0) & 7  # 2^14 has ulp 2^-9
@@ -131,13 +133,13 @@ def _encode(low, high, sign, index, key, STOCHASTIC: tl.constexpr, FP4: tl.const
     else:
         noise_low, noise_high = None, None
         if STOCHASTIC:
-            # hash((index + lane) ^ key): lane only sets bits that `>> 16` drops, so the hash's
-            # first step is that of index ^ key for all lanes, and lane joins after it.
+            # hash((index + lane) ^ key): index is a multiple of P, so lane sets bits that are 0,
+            # and that `>> 16` drops. The hash's first step is the same for all lanes.
             lane = tl.arange(0, low.shape[2]).to(tl.uint32)[None, None, :]
             u = index.to(tl.uint32) ^ key
             u = _hash_rest((u ^ (u >> 16)) ^ lane)
             noise_low = ((u << 12) & 0x0FFFFFFF).to(tl.int32)  # 16 bits, below the code's
-            noise_high = (u >> 4).to(tl.int32)  # 16, and further down some that move nothing
+            noise_high = (u >> 4).to(tl.int32)  # 16, and 12 below them that never carry
         low = _nibble(low, sign, noise_low, STOCHASTIC)
         high = _nibble(high, sign, noise_high, STOCHASTIC)
         byte = ((high & 0xF0000000) | (low >> 4)) >> 24
@@ -214,9 +216,9 @@ def _scale_table(amaxes, table, n, N: tl.constexpr):
 
 # ------------------------------------------------------------------------------------------------
 # Center and quantize. A program takes 16 tokens of its columns, and rounds them in blocks along
-# features, a few tokens at a time, then, from cache, in blocks along tokens. Shapes are chosen so
-# that in both passes a thread holds whole blocks, and threads exchange nothing. EVEN: no tile is
-# cut off.
+# features, a few tokens at a time, then, read again from L2, in blocks along tokens. Shapes are
+# chosen so that in both passes a thread holds whole blocks, and threads exchange nothing. EVEN: no
+# tile is cut off.
 
 
 @triton.jit
@@ -262,8 +264,8 @@ def _round_rows(
         key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
     tile = token.to(tl.int64) * (m // 16) + feature // 16
     codes, scales, index = codes + tile * 8, scales + tile, (tile * 8).to(tl.int32)
-    # A block of 16 values is 8 bytes: 4 of its first half, a, and 4 of its second, b. Of each, 0
-    # are the even values, for low nibbles, and 1 the odd ones.
+    # A block is 8 bytes. Below a0, a1 are the even and the odd values of its first half, for low
+    # and high nibbles; b0, b1 those of its second.
     block = tl.arange(0, BLOCK // 16)[None, :, None]
     inside_m = feature + block * 16 < m
     if CENTER:
@@ -684,7 +686,7 @@ def decode(codes, scales):
 
 def gemm_cublas(a, a_scales, b, b_scales, a_scale, b_scale, left, right, dtype):
     """`gemm_op` by cuBLAS, on operands decoded to BF16: 4 bytes an element of each more, and up to
-    18 of the result."""
+    16 of the result."""
     y = torch.mm(decode(a, a_scales), decode(b, b_scales).t(), out_dtype=torch.float32)
     scale, out = a_scale * b_scale, y if dtype == y.dtype else torch.empty_like(y, dtype=dtype)
     if right is None:

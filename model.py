@@ -1,8 +1,9 @@
 """A Qwen3-style decoder whose block linears are FP4Linear; all else stays in high precision.
 
 Pre-norm blocks of grouped-query attention (RMSNorm on queries and keys, rotary positions) and a
-SwiGLU feed-forward layer, no biases: Qwen3 (arXiv 2505.09388). Without qk_norm it is Llama, with
-qkv_bias on top Qwen2; for equal weights transformers' model of that name has the same logits.
+SwiGLU feed-forward layer, no biases: Qwen3 (arXiv 2505.09388). Without qk_norm it is Llama; without
+qk_norm and with qkv_bias, Qwen2. For equal weights transformers' model of that name has the same
+logits, to 1e-4.
 Queries, keys and values come from one linear, gate and up from another, so that they share the
 rounding of their input.
 """
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=1)  # (B, heads, T, head_dim)
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
-        if cache:  # then x is one token, and sees the last `window` tokens
+        if cache:  # then x is one token (GPT.forward checks), and sees the last `window` tokens
             k = torch.cat((cache[0], k), 2)[:, :, -self.window :]
             v = torch.cat((cache[1], v), 2)[:, :, -self.window :]
         if cache is not None:
@@ -105,8 +106,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Token ids (B, T) -> FP32 logits (B, T, vocab_size). Parameters are FP32; activations are BF16
-    on a GPU (FP32 for precision fp32), FP32 on a CPU. ValueError for an unknown recipe, and for
-    widths that are no multiple of 16."""
+    on a GPU (FP32 for precision fp32), FP32 on a CPU. ValueError for an unknown recipe, and where
+    it rounds to FP4, for widths that are no multiple of 16."""
 
     def __init__(self, config, generator=None):
         super().__init__()
@@ -150,8 +151,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens, targets=None, cache=None, start=0):
         """Logits, or with targets (B, T) the mean cross-entropy in nats. cache: n_layer lists that
-        keep keys and values. Empty ones take any number of tokens, filled ones one token at a time;
-        start: how many tokens came before. On a GPU the head multiplies in BF16."""
+        keep keys and values: empty at the first call, which takes any T, later T is 1. start: how
+        many tokens came before. Where activations are BF16, so is the head's product."""
         if cache and cache[0] and tokens.shape[1] > 1:
             raise ValueError("after the first call a cache takes one token at a time")
         x = self.embedding(tokens)
@@ -198,8 +199,8 @@ class GPT(nn.Module):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A checkpoint, or that of a run's folder, as the dict that was saved, and the folder. Nothing
-    in it is executed."""
+    """A checkpoint, or that of a run's folder: the dict that was saved, with its "folder" added.
+    Nothing in it is executed."""
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():

@@ -88,7 +88,7 @@ PRESETS = {  # what differs from the defaults
                 "batch_size": 2, "max_steps": 60, "learning_rate": 1e-4, "warmup_steps": 5,
                 "eval_interval": 12, "eval_windows": 8},
 }  # fmt: skip
-FREE_WITH_INIT = {"precision", "bf16_blocks", "block_size"}  # the rest of a model's shape is given
+FREE_WITH_INIT = {"precision", "bf16_blocks", "block_size"}  # of a model; the rest is --init's
 FREE_ON_RESUME = {
     "out_dir", "init", "dataset", "device", "compile", "shard", "recompute",
     "max_steps", "eval_interval", "log_interval", "keep",
@@ -97,9 +97,9 @@ PURPOSES = "init", "data", "noise", "sample", "evaluation"  # their order is par
 
 
 def parse(argv):
-    """(Config, whether to resume) of a command line. Flags go over the preset, or with --resume
-    over the run's own config, and that over the defaults. With --init the model's shape is that of
-    the other run."""
+    """(Config, whether to resume) of a command line. What counts is first a flag, then the preset
+    or with --resume the run's own config, then the default. With --init the model's shape is that
+    of the other run."""
     source = inspect.getsource(ModelConfig) + inspect.getsource(Config)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(
@@ -171,7 +171,7 @@ def generator_for(*key):
 
 
 def batch(tokens, starts, config, device):
-    """Inputs and targets (B, T), int64, of the windows with these numbers."""
+    """Inputs and targets (B, T), int64: the windows of these numbers, counted as by Tokens."""
     window = tokens.batch(starts, config.block_size + 1).to(device)
     return window[:, :-1], window[:, 1:]
 
@@ -269,7 +269,7 @@ def restore(path, model, optimizer, origin):
 
 
 def read_metrics(path, before):
-    """The records of metrics.jsonl before a step, but for a line that a kill has torn."""
+    """The records of metrics.jsonl before a step, without a last line that a kill has torn."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -413,7 +413,7 @@ def main(argv=None):
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    hint = f"A checkpoint in {out} is of before. HINT: a lower --learning-rate"
+    hint = f"The last checkpoint in {out} is from before. HINT: a lower --learning-rate"
     interrupted = []
 
     def interrupt(number, _):
@@ -456,7 +456,7 @@ def main(argv=None):
         mine = starts.view(config.grad_accum, world_size, micro_batch)[:, rank]
         for i, rows in enumerate(mine):
             x, y = batch(train_tokens, rows, config, device)
-            # DDP adds gradients up in the last micro-step, FSDP in each: it cannot hold them whole
+            # DDP adds gradients up in the last micro-step, FSDP in each, to hold only its part
             hold = use_ddp and i < config.grad_accum - 1
             with forward.no_sync() if hold else contextlib.nullcontext():
                 micro_loss = forward(x, y) / config.grad_accum
