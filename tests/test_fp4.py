@@ -773,6 +773,7 @@ def test_sharded_tensors_are_refused_by_name(mesh):
         (lambda: fp4.convert(network(), "fp5"), "'fp5' is not one of fp32, bf16, fp4, fp4_mean"),
         (lambda: linear("fp4", 24, 32), r"FP4Linear\(24, 32\).*16"),
         (lambda: linear("fp4", 32, 40), r"FP4Linear\(32, 40\).*16"),
+        (lambda: fp4.linear(torch.ones(4, 32), torch.ones(40, 32), "fp4"), r"\(32, 40\).*16"),
         (lambda: linear("fp4")(torch.ones(2, 4, 16)), r"\(2, 4, 16\).*\(\.\.\., 32\) of floats"),
         (lambda: linear("bf16")(torch.ones(4, 32).long()), r"int64.*\(\.\.\., 32\) of floats"),
         (lambda: fp4.quantize(torch.ones(16, 16), (16, 4)), r"block \(16, 4\)"),
