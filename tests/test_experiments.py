@@ -190,12 +190,16 @@ def test_every_stochastic_rounding_has_noise_of_its_own(monkeypatch):
 
 
 def test_headroom_rounds_right_on_average():
-    """The slope of rounded values over true ones, in 16 draws, each with an error of .0005."""
+    """The slope of rounded values over true ones, in 16 draws, each with an error of .0005. No
+    value is beyond 6, where it would saturate."""
     x = normal(512, 512)
     for block in ((1, 16), (16, 1)):
         draws = [recipes.quantize_with_headroom(x, block, seed) for seed in range(16)]
         mean = sum(draw.dequantize() for draw in draws) / 16
         assert ((mean * x).sum() / x.square().sum()).item() == pytest.approx(1, abs=5e-4)
+        largest = 6 * draws[0].scales.float() * draws[0].tensor_scale  # that a block can hold
+        amaxes, _ = fp4.block_amaxes(x, block)
+        assert (largest >= amaxes.view_as(largest) * (1 - 2**-20)).all()
 
 
 @pytest.mark.parametrize("split", ["mean", "project"])
