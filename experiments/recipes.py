@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 import fp4
@@ -28,13 +29,15 @@ class Variant:
     For a mean, left is the column of ones. ValueError for choices that make no sense together."""
 
     split: str = "mean"  # none, mean, project or svd, see `split_off`; D is never projected
+    directions: int = 1  # of a projection: μ's direction, and the leading ones of the rest
     massive: bool = False  # tokens of X with 4 times the RMS norm multiply the unrounded W
     split_grad: bool = True  # split D too, not X alone
     mean_format: str = "fp32"  # of μ and ν: fp32, bf16, nvfp4 (μ to nearest) or nvfp4_sr
     round_mean_weight: bool = False  # μ and ν multiply W~ instead of W
     cross_terms: bool = False  # wgrad's mixed terms; zero for means before rounding, noise after
     hadamard: bool = False  # rotate both operands of wgrad along tokens first
-    headroom: bool = False  # unbiased stochastic rounding, see `quantize_with_headroom`
+    headroom: bool = False  # unbiased stochastic rounding, see `quantize`
+    four_over_six: bool = False  # of rounding to nearest, see `four_over_six`
     stochastic_x: bool = False  # round X stochastically too
     weight_1d: bool = False  # W in blocks of 16 along the contraction, other ones in dgrad
 
@@ -44,6 +47,10 @@ class Variant:
         split_alike = self.split in ("mean", "svd") and self.split_grad
         if self.cross_terms and (not split_alike or self.hadamard or self.massive):
             raise ValueError(f"{self}: cross_terms need X and D split alike, and nothing else")
+        if self.weight_1d and self.hadamard:
+            raise ValueError(f"{self}: hadamard would rotate W too, in blocks along outputs")
+        if self.four_over_six and not self.weight_1d:
+            raise ValueError(f"{self}: four_over_six needs weight_1d")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -61,12 +68,13 @@ def massive_tokens(x):
     return (energy > 16 * energy.mean()).nonzero().flatten()
 
 
-def split_off(x, split, massive=None):
-    """x (T, m) as left (T, 1) times right (1, m) plus a residual (T, m), all FP32.
+def split_off(x, split, massive=None, directions=1):
+    """x (T, m) as left (T, k) times right (k, m) plus a residual (T, m), all FP32.
 
     none      left and right are None
     mean      left is all ones, right the mean over tokens
-    project   right is the mean's direction, a unit row, and left the tokens' components along it
+    project   right is the mean's direction, a unit row, below it the k - 1 leading directions of
+              the rest, and left the tokens' components along them
     svd       right is the leading singular direction, by power iteration from the longest row
 
     The columns of the residual add up to zero after mean and project. massive (k,): tokens that
@@ -83,12 +91,30 @@ def split_off(x, split, massive=None):
         return present, right, x - present * right
     if split == "project":
         right = F.normalize(x.sum(0, keepdim=True))
+        if directions > 1:
+            right = torch.cat((right, leading_directions(x, right, directions - 1)))
     else:
         right = x[x.square().sum(1).argmax()][None]
         for _ in range(8):
             right = F.normalize(fp4.mm(fp4.mm(x, right.t()).t(), x))
     left = fp4.mm(x, right.t())
-    return left, right, x - left * right
+    return left, right, x - fp4.mm(left, right)
+
+
+def leading_directions(x, mean, k):
+    """Nearly the k leading right singular vectors of what x (T, m) has beside a direction, mean
+    (1, m): orthonormal rows (k, m), orthogonal to it too, by two subspace iterations from random
+    rows, always the same."""
+
+    def orthonormal(columns):
+        return torch.linalg.qr(torch.cat((mean.t(), columns), 1)).Q[:, 1:]
+
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(x.shape[1], k, generator=generator, dtype=torch.float32)
+    columns = orthonormal(start.to(x.device))
+    for _ in range(2):
+        columns = orthonormal(fp4.mm(x.t(), fp4.mm(x, columns)))
+    return columns.t()
 
 
 def rotate_tokens(x):
@@ -103,37 +129,69 @@ def rotate_tokens(x):
     return (torch.stack(tokens, 1) * 0.25).flatten(0, 1)
 
 
-def quantize_with_headroom(x, block, seed):
-    """fp4.quantize, stochastic and right on average: block scales are 17/16 times as large. E4M3
-    rounds a scale down by 1/17 of it at most, so no value comes out above 6 and saturates. In plain
-    PyTorch on every device, as the kernels do not know it. x is FP32."""
+def quantize(x, block, variant, seed=None):
+    """fp4.quantize with two more choices. In plain PyTorch on every device, as the kernels do not
+    know them. x is FP32.
+
+    headroom        stochastic rounding is right on average: block scales are 17/16 times as large.
+                    E4M3 rounds a scale down by 1/17 of it at most, so no value comes out above 6
+                    and saturates
+    four_over_six   a block's largest value becomes 6 or 4, see `four_over_six`"""
     x = F.pad(x, (0, 0, 0, -len(x) % block[0]))
     amaxes, numbers = fp4.block_amaxes(x, block)
-    return fp4.quantize_scaled(x, block, amaxes * (17 / 16), numbers.amax(), seed)
+    amax = numbers.amax()
+    if variant.headroom and seed is not None:
+        amaxes = amaxes * (17 / 16)
+    if variant.four_over_six and seed is None:
+        amax = amax * (448 / 256)  # block scales up to 256: half as large again they fit in E4M3
+        amaxes = four_over_six(x, block, amaxes, amax)
+    return fp4.quantize_scaled(x, block, amaxes, amax, seed)
+
+
+def four_over_six(x, block, amaxes, amax):
+    """The amaxes to scale blocks by, half as large again where x is rounded better so: then the
+    block's largest value becomes 4, not 6, and the values below it can be 3/4 of it, where they had
+    2/3 and 1 (arXiv 2512.02010). Better: by the sum of squared errors."""
+    _, s_enc, s_dec = fp4.tensor_scales(amax)
+    errors = []
+    for factor in (1.0, 1.5):
+        scales, factors = fp4.block_scales((amaxes * factor).flatten(), s_enc, s_dec)
+        codes = fp4.encode(x, factors.view_as(amaxes), block, None).view(x.shape)
+        error = fp4.decode(codes, scales.view_as(amaxes) * s_dec, block) - fp4.in_blocks(x, block)
+        errors.append(error.square().sum(fp4.BLOCKS[block], keepdim=True))
+    return torch.where(errors[1] < errors[0], 1.5 * amaxes, amaxes)
 
 
 def split_quantize(x, variant, split, rowwise, columnwise, seeds, massive=None):
     """fp4.center_quantize with a Variant's choices. Of x (T, m)
 
-    left, right   (T, 1) and (1, m), FP32, or None: see `split_off`
+    left, right   (T, k) and (k, m), FP32, or None: see `split_off`
     r             the residual in NVFP4 (T, m), in blocks along features
     r_t           its transpose (m, T), in blocks along tokens"""
-    headroom = variant.headroom and seeds is not None
-    changed = variant.hadamard or headroom or massive is not None
-    if split in ("none", "mean") and not changed:
+    plain = not (variant.four_over_six if seeds is None else variant.headroom)
+    if split in ("none", "mean") and plain and not variant.hadamard and massive is None:
         mean, r, r_t = fp4.center_quantize(x, split == "mean", rowwise, columnwise, seeds)
         left = None if mean is None else mean.new_ones(len(x), 1)
         return left, mean, r, r_t
 
-    left, right, residual = split_off(x, split, massive)
+    left, right, residual = split_off(x, split, massive, variant.directions)
     along_tokens = rotate_tokens(residual) if variant.hadamard else residual
-    if headroom:
-        r = quantize_with_headroom(residual, (1, 16), seeds[0])
-        r_t = quantize_with_headroom(along_tokens, (16, 1), seeds[1]).t()
+    if plain:
+        _, r, _ = fp4.center_quantize(residual, False, rowwise, False, seeds)
+        _, _, r_t = fp4.center_quantize(along_tokens, False, False, columnwise, seeds)
         return left, right, r, r_t
-    _, r, _ = fp4.center_quantize(residual, False, rowwise, False, seeds)
-    _, _, r_t = fp4.center_quantize(along_tokens, False, False, columnwise, seeds)
+    row_seed, column_seed = (None, None) if seeds is None else seeds
+    r = quantize(residual, (1, 16), variant, row_seed) if rowwise else None
+    r_t = quantize(along_tokens, (16, 1), variant, column_seed).t() if columnwise else None
     return left, right, r, r_t
+
+
+def quantize_weight(w, variant, need_dx):
+    """w (n, m) in NVFP4 for fprop, and for dgrad, if it is needed, its transpose."""
+    if not variant.weight_1d:
+        return fp4.quantize_weight(w)
+    _, _, w_q, w_t = split_quantize(w, variant, "none", True, need_dx, None)
+    return w_q, w_t
 
 
 def round_mean(mean, mean_format, stochastic):
@@ -149,12 +207,20 @@ def round_mean(mean, mean_format, stochastic):
 
 
 def times_weight(mean, w, w_q, variant):
-    """The mean's part of a GEMM: mean (1, m) times Wᵀ, of w or of its rounded w_q (n, m)."""
+    """The part of a GEMM that was split off: mean (k, m) times Wᵀ, of w or of its rounded w_q
+    (n, m)."""
     if mean is None:
         return None
     if variant.round_mean_weight:
         w = w_q.dequantize()
     return fp4.mm(mean, w.float().t())
+
+
+def gemm(a, b, dtype, left, right):
+    """fp4.gemm for left (M, k) and right (k, N) of any k."""
+    if right is None or len(right) == 1:
+        return fp4.gemm(a, b, dtype, left, right)
+    return fp4.gemm(a, b, torch.float32).add_(fp4.mm(left, right)).to(dtype)
 
 
 class LinearVariant(torch.autograd.Function):
@@ -167,13 +233,10 @@ class LinearVariant(torch.autograd.Function):
         massive = massive_tokens(x) if variant.massive else None
         left, mu, r, r_t = split_quantize(x, variant, variant.split, True, need_dw, seeds, massive)
         mu = round_mean(mu, variant.mean_format, stochastic=variant.mean_format == "nvfp4_sr")
-        if variant.weight_1d:
-            _, w_q, w_t = fp4.center_quantize(w, False, columnwise=need_dx)
-        else:
-            w_q, w_t = fp4.quantize_weight(w)
+        w_q, w_t = quantize_weight(w, variant, need_dx)
 
         # ------------ fprop: Y (T, n) = left (μ Wᵀ) + R~ W~ᵀ ------------
-        y = fp4.gemm(r, w_q, x.dtype, left, times_weight(mu, w, w_q, variant))
+        y = gemm(r, w_q, x.dtype, left, times_weight(mu, w, w_q, variant))
         x_massive = None
         if variant.massive:
             x_massive = x[massive].float()
@@ -214,7 +277,7 @@ class LinearVariant(torch.autograd.Function):
             elif mu is not None:
                 column = nu.t() * (left_d * left_x).sum()  # (n, 1)
             dtype = torch.float32 if variant.cross_terms else w.dtype
-            dw = fp4.gemm(s_t, r_t, dtype, column, mu)
+            dw = gemm(s_t, r_t, dtype, column, mu)
             if variant.cross_terms:  # νᵀ (left_dᵀ R~) + (S~ᵀ left_x) μ
                 r_sums = fp4.mm(r_t.dequantize()[:, : len(d)], left_d)  # (m, 1)
                 s_sums = fp4.mm(s_t.dequantize()[:, : len(d)], left_x)  # (n, 1)
@@ -222,6 +285,69 @@ class LinearVariant(torch.autograd.Function):
             if variant.massive:
                 dw = dw + fp4.mm(d[massive].float().t(), x_massive).to(dw.dtype)
         return dx, dw, None
+
+
+# ------------------------------------------------------------------------------------------------
+# What the paper's authors ran, read from code that is inferred to be theirs
+# (github.com/sii-research/Metis, commit 3c2e72e, Metis/bitlinear.py and quant.py).
+
+
+class LinearAuthors(torch.autograd.Function):
+    """Each of X, W and D is rounded once, with center X and D around their means, and these numbers
+    meet in all three GEMMs. So the means meet W~, wgrad has all four terms, and in dgrad and wgrad
+    blocks lie across the contraction: no FP4 tensor core can run this."""
+
+    @staticmethod
+    def forward(ctx, x, w, center):  # x (T, m), w (n, m)
+        x_q, w_q = round_as_authors(x, center), round_as_authors(w)
+        ctx.save_for_backward(x_q, w_q)
+        ctx.center, ctx.dtype = center, w.dtype
+        return fp4.mm(x_q, w_q.t()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):  # (T, n)
+        x_q, w_q = ctx.saved_tensors
+        d_q = round_as_authors(d, ctx.center, draw_seeds(d.device)[0])
+        return fp4.mm(d_q, w_q).to(d.dtype), fp4.mm(d_q.t(), x_q).to(ctx.dtype), None
+
+
+def round_as_authors(x, center=False, seed=None):
+    """x (R, C) as its mean plus a residual in 4 bits, FP32, in blocks of 16 along C. Codes are of
+    scales in FP32, and decoded with scales rounded to E4M3, of which the largest is 448."""
+    x, block = x.float(), (1, 16)
+    mean = x.mean(0, keepdim=True) if center else torch.zeros_like(x[:1])
+    amaxes, _ = fp4.block_amaxes(x - mean, block)
+    scales = amaxes / 6 + 1e-9
+    key = None if seed is None else fp4.hash32(seed)
+    codes = fp4.encode(x - mean, 1 / scales, block, key).view(x.shape)
+    unit = scales.max() / 448
+    return mean + fp4.decode(codes, fp4.e4m3_round(scales / unit) * unit, block).view(x.shape)
+
+
+class LowRankBranch(nn.Module):
+    """U (s * (V x)) + layer(x). The leading singular part U s V of the layer's W is split off once,
+    when this module is made, and trains in full precision beside the rest."""
+
+    def __init__(self, layer, rank=16):
+        super().__init__()
+        u, s, v = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+        self.u, self.s = nn.Parameter(u[:, :rank].contiguous()), nn.Parameter(s[:rank].clone())
+        self.v = nn.Parameter(v[:rank].contiguous())
+        self.layer = layer
+        with torch.no_grad():
+            layer.weight -= (self.u * self.s) @ self.v
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.v) * self.s, self.u) + self.layer(x)
+
+
+def add_branches(model, rank=16):
+    """A LowRankBranch around every FP4Linear of a model, in place."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, fp4.FP4Linear):
+                setattr(parent, name, LowRankBranch(child, rank))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -260,6 +386,7 @@ VARIANTS = {
     # what a real model needs beyond its mean
     "fp4_project": Variant(split="project"),
     "fp4_project_1d": Variant(split="project", weight_1d=True),
+    "fp4_lowrank": Variant(split="project", directions=32, weight_1d=True),
     "fp4_project_massive": Variant(split="project", massive=True),
     "fp4_mean_massive": Variant(massive=True),
     "fp4_1d": Variant(split="none", weight_1d=True),
@@ -275,7 +402,12 @@ VARIANTS = {
     "fp4_mean_sr": Variant(stochastic_x=True),
     "fp4_mean_1d": Variant(weight_1d=True),
 }
+for k in (2, 4, 8, 16, 64):
+    VARIANTS[f"fp4_project{k}_1d"] = dataclasses.replace(VARIANTS["fp4_lowrank"], directions=k)
+for name in ("fp4_project_1d", "fp4_project16_1d", "fp4_lowrank"):
+    VARIANTS[f"{name}_46"] = dataclasses.replace(VARIANTS[name], four_over_six=True)
 fp4.RECIPES |= {name: (LinearVariant, variant) for name, variant in VARIANTS.items()}
+fp4.RECIPES |= {"fp4_authors": (LinearAuthors, False), "fp4_authors_mean": (LinearAuthors, True)}
 
 # A mean is added in these recipes, by so many RMS: added_mean and ablations of compare.py.
 ADDED = dict.fromkeys(("fp4", "fp4_mean", "fp4_mean_paper", "fp4_hadamard", "fp4_svd"), (4, 8))

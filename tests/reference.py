@@ -12,6 +12,7 @@ import fp4
 
 INF, NAN = float("inf"), float("nan")
 FP32_MAX = np.finfo(np.float32).max
+E2M1_TYPE, E4M3_TYPE = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 E4M3 = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
