@@ -19,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.compare import label, summary
+from experiments.origin import KINDS, over_seeds
 from fp4 import quantize
 
 HERE = Path(__file__).resolve().parent
@@ -125,6 +126,33 @@ def draw_train_on(stored):
     return figure
 
 
+def draw_directions(stored):
+    """Of SmolLM2, the gap to bf16 against the number of directions that are split off, as it is and
+    trained on, and what they cost."""
+    names = {0: "fp4_1d", 1: "fp4_project_1d", 4: "fp4_project4_1d", 16: "fp4_project16_1d"}
+    names |= {32: "fp4_lowrank", 64: "fp4_project64_1d"}
+    first = {label(r): r["val"] for r in stored["runs"] if r["seed"] == 1}
+    figure, ax = panels(8, 4.2)
+    for moment, color, text in ((0, OCHRE, "as it is"), (-1, BLUE, "trained on for 60 steps")):
+        bf16 = first["bf16"][moment][1]
+        gaps = [first[name][moment][1] - bf16 for name in names.values()]
+        ax.plot(range(len(names)), gaps, "o-", color=color, lw=1.8, label=f"fp4_..._1d, {text}")
+        four_six = {1: "fp4_project_1d_46", 3: "fp4_project16_1d_46", 4: "fp4_lowrank_46"}
+        better = [first[name][moment][1] - bf16 for name in four_six.values()]
+        ax.plot(list(four_six), better, "^", mfc="none", color=color, label="and four over six")
+    ends = [first[name][-1][1] - first["bf16"][-1][1] for name in ("fp4", "fp4_mean")]
+    for name, gap in zip(("fp4", "fp4_mean"), ends, strict=True):
+        ax.axhline(gap, color=STYLES[name]["color"], lw=0.8, ls=":")
+        ax.annotate(f"{name}, trained on", (len(names) - 1, gap), (0, 3),
+                    textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    costs = [f"{k}\n{k * (1 / 576 + 1 / 1536):.1%}" for k in names]
+    ax.set_xticks(range(len(names)), costs)
+    ax.set(ylim=(0, None), ylabel="validation loss minus bf16's, nats a token")
+    ax.set(xlabel="directions, the mean's first; and their products' part of a GEMM of 576 by 1536")
+    ax.legend(frameon=False)
+    return figure
+
+
 def draw_ablations(stored):
     """What one changed choice costs, without an added mean and with one."""
     rows = summary(stored["runs"], stored["base"])
@@ -167,6 +195,43 @@ def draw_nano(stored):
     right.set(title="minus bf16's")
     right.legend(frameon=False, loc="lower right")
     figure.supxlabel("step", fontsize=10)
+    return figure
+
+
+def draw_origin(stored):
+    """The mean's share over a training and what 4 bits cost, with and without the frequencies of
+    tokens given to the head. Bands: the range of the seeds; bars: standard errors."""
+    figure, (left, middle, right) = panels(10, 4, 3)
+    colors = BLUE, OCHRE, "#2a8f5b", "#7d4fa3"
+    vocabularies = {"bytes": "257 tokens", "plays": "4,096", "smollm2": "49,152"}
+    curves = [(left, c, k, "plays", "share", k) for k, c in zip(KINDS, colors, strict=True)]
+    for (vocab, text), color in zip(vocabularies.items(), colors[:3], strict=True):
+        curves.append((middle, color, text, vocab, "share", "linears"))
+    for ax, color, text, vocab, *measure in curves:
+        for head, line, shown in (("plain", "-", text), ("frequencies", "--", None)):
+            steps, values = over_seeds(stored["runs"], vocab, "bf16", head, *measure)
+            ax.plot(steps, values.mean(0), line, color=color, lw=1.6, label=shown)
+            ax.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
+    for name in ("fp4", "fp4_mean"):
+        for head, line, shown in (("plain", "-", name), ("frequencies", "--", None)):
+            key = stored["runs"], "plays", "bf16", head, "loss"
+            steps, bf16 = over_seeds(*key, "bf16")
+            gaps = over_seeds(*key, name)[1] - bf16
+            error = gaps.std(0, ddof=1) / len(gaps) ** 0.5
+            style = STYLES[name] | {"ls": line, "lw": 1.2, "ms": 4, "capsize": 2}
+            right.errorbar(steps, gaps.mean(0), error, **style, label=shown)
+    left.set(title="the mean's share, 4,096 tokens", ylim=(0, 1))
+    middle.set(title="mean over linears, by vocabulary", ylim=(0, 1))
+    right.set(title="the same weights rounded:\nloss minus bf16's, nats")
+    for ax in (left, middle, right):
+        ax.set(xlim=(0, 420))
+        ax.set_xscale("function", functions=(np.sqrt, np.square))
+        ax.set_xticks([0, 10, 50, 100, 200, 400])
+        ax.legend(frameon=False)
+    right.axhline(0, color="#222222", lw=0.8)
+    figure.supxlabel(
+        "step (solid: plain; dashed: log frequencies added to the logits)", fontsize=10
+    )
     return figure
 
 
@@ -289,11 +354,13 @@ FIGURES = {  # of a JSON file: the figures drawn from it
     "ablations": {"ablations": draw_ablations},
     "natural": {"natural": draw_natural},
     "nano": {"loss": draw_nano},
+    "origin": {"origin": draw_origin},
     "analysis": {"mean_share": draw_mean_share, "remedies": draw_remedies},
     "smollm2_analysis": {
         "stripes": draw_stripes, "depth": draw_depth, "smollm2_remedies": draw_remedies
     },
     "train_on": {"train_on": draw_train_on},
+    "directions": {"directions": draw_directions},
     "smollm2_stored": {"downstream": draw_downstream},
 }  # fmt: skip
 

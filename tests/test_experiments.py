@@ -1,9 +1,11 @@
 """The experiments: recipes first, then what compares, analyzes, evaluates and draws them."""
 
+import functools
 import json
 import lzma
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +16,17 @@ import torch.nn.functional as F
 from reference import relative
 
 import fp4
+import train
 from data.shards import load, write_dataset
 from data.tokenizer import EOT, FolderEncoding, encode, get_encoding
-from experiments import analyze, compare, figures, recipes
+from experiments import analyze, compare, figures, loop, origin, recipes
 from experiments import eval as evaluation
 from experiments.recipes import VARIANTS, LinearVariant, Variant, split_off
+from model import GPT
 
 RECIPES = [*fp4.RECIPES]
 RESULTS = figures.HERE / "results"
+SIX = Variant(split="project", weight_1d=True, four_over_six=True)
 
 
 def normal(*shape, seed=0):
@@ -63,6 +68,8 @@ def exact(monkeypatch):
     monkeypatch.setattr(fp4, "quantize", quantize)
     monkeypatch.setattr(fp4, "quantize_scaled", quantize)
     monkeypatch.setattr(fp4, "to_dtype", lambda x, dtype: x.float())
+    monkeypatch.setattr(recipes, "round_as_authors", lambda x, *_: x.float())
+    monkeypatch.setattr(recipes, "four_over_six", lambda x, block, amaxes, amax: amaxes)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -70,14 +77,14 @@ def test_a_recipe_without_rounding_is_a_linear_layer(name, exact):
     """There are at most T + m + n terms in a sum and operations before it, each with an error of
     2^-24. A product of two norms bounds what is summed; of the parts that X and D split into there
     are four such products."""
-    x, d, w = normal(40, 32) + 1, normal(40, 48, seed=1) + 1, normal(48, 32, seed=2)
+    x, d, w = normal(40, 80) + 1, normal(40, 48, seed=1) + 1, normal(48, 80, seed=2)
     if "massive" in name:
         x[[3, 17]] *= 20
     seen = x + recipes.added_mean(x, float(name[-1]) if "_plus" in name else 0)
     wanted = x.double() @ w.double().t(), d.double() @ w.double(), d.double().t() @ x.double()
     factors = (seen, w), (d, w.t()), (d.t(), seen.t())
     for got, want, (a, b) in zip(run(name, x, d, w), wanted, factors, strict=True):
-        bound = 4 * (40 + 32 + 48) * 2**-24 * a.norm(dim=1).max() * b.norm(dim=1).max()
+        bound = 4 * (40 + 80 + 48) * 2**-24 * a.norm(dim=1).max() * b.norm(dim=1).max()
         assert (got.double() - want).abs().max() < bound < 0.02 * want.abs().max()
 
 
@@ -100,9 +107,10 @@ def test_zeros_constants_and_single_tokens_stay_finite(name):
 def test_choices_must_make_sense():
     cross = {"cross_terms": True}
     wrong = [{"split": "median"}, {"mean_format": "fp8"}, cross | {"split": "project"}]
+    wrong += [{"four_over_six": True}, {"hadamard": True, "weight_1d": True}]
     wrong += [cross | {"hadamard": True}, cross | {"massive": True}, cross | {"split_grad": False}]
     for choices in wrong:
-        with pytest.raises(ValueError, match="split"):
+        with pytest.raises(ValueError, match=r"^Variant\("):
             Variant(**choices)
 
 
@@ -164,6 +172,92 @@ def test_what_is_split_off_and_that_the_residual_is_rounded(split):
     close(y, left @ (right @ w.t()) + nvfp4(residual) @ nvfp4(w).t(), 1e-4)
 
 
+def test_more_directions_are_those_of_an_svd():
+    """The mean's, and of what is left the leading ones, for singular values that fall as 2^-i: two
+    iterations shrink the rest by 2^-4."""
+    u, v = torch.linalg.qr(normal(64, 33)).Q, torch.linalg.qr(normal(48, 33, seed=1)).Q
+    x = (u - u.mean(0)) * 0.5 ** torch.arange(33.0) @ v.t() + 3 * normal(48, seed=2)
+    left, right, residual = split_off(x, "project", directions=5)
+    close(right @ right.t(), torch.eye(5), 1e-5)
+    close(left @ right + residual, x, 1e-5)
+    assert relative(right[0] * x.mean(0).norm(), x.mean(0)) < 1e-6
+    assert residual.mean(0).abs().max() < 1e-5  # so wgrad has no cross terms
+    rest = x - x @ right[:1].t() * right[:1]
+    best = torch.linalg.svdvals(rest)[4:].norm()
+    assert best <= residual.norm() * (1 + 1e-5) < 1.1 * best
+    w = normal(48, 48)
+    y = fp4.linear(x, w, "fp4_project16_1d")
+    left, right, residual = split_off(x, "project", directions=16)
+    close(y, left @ (right @ w.t()) + nvfp4(residual) @ nvfp4(w).t(), 1e-3)
+
+
+def test_four_over_six_takes_the_better_of_two_scales():
+    """Both by hand, from the reference in numpy: a block's largest value is 6 or 4, and block
+    scales are at most 256, or 384 for 4."""
+    x = normal(32, 64)
+    x[0, 0] = 50
+    for block in ((1, 16), (16, 1), (16, 16)):
+        got = recipes.quantize(x, block, SIX)
+        amaxes, _ = fp4.block_amaxes(x, block)
+        unit = np.float32(50 * 448 / 256) / np.float32(2688)
+        errors, blocks = [], fp4.in_blocks(x, block).numpy()
+        for top in (6, 4):
+            scales = (amaxes.numpy() / top / unit).astype(reference.E4M3_TYPE).astype(np.float32)
+            values = (blocks / (scales * unit)).clip(-6, 6).astype(reference.E2M1_TYPE)
+            values = values.astype(np.float32) * scales * unit
+            errors.append(((values - blocks) ** 2).sum(fp4.BLOCKS[block]))
+        error = (fp4.in_blocks(got.dequantize(), block).numpy() - blocks) ** 2
+        np.testing.assert_allclose(error.sum(fp4.BLOCKS[block]), np.minimum(*errors), rtol=1e-4)
+        chosen = (errors[1] < errors[0]).mean()
+        assert got.scales.float().max() in (256, 384)
+        assert 0.1 < chosen < 0.9 or block == (16, 16)
+    w = normal(48, 64)
+    left, right, residual = split_off(x, "project")
+    r, w_q = (recipes.quantize(a, (1, 16), SIX) for a in (residual, w))
+    y = left @ (right @ w.t()) + r.dequantize() @ w_q.dequantize().t()
+    close(fp4.linear(x, w, "fp4_project_1d_46"), y, 1e-3)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_the_authors_recipe_in_numpy(center):
+    """Of what github.com/sii-research/Metis computes, on D whose values are all codes, which its
+    stochastic rounding leaves as they are."""
+
+    def rounded(x):
+        blocks = x.reshape(len(x), -1, 16)
+        scales = np.abs(blocks).max(2, keepdims=True) / np.float32(6) + np.float32(1e-9)
+        codes = (blocks / scales).astype(reference.E2M1_TYPE).astype(np.float32)
+        unit = scales.max() / np.float32(448)
+        decoded = (scales / unit).astype(reference.E4M3_TYPE).astype(np.float32) * unit
+        return (codes * decoded).reshape(x.shape)
+
+    x, w, s = normal(64, 32) + 3, normal(48, 32), grid_gradient(32, 48)
+    nu = torch.randint(999, (1, 48)) * center + 0.0
+    mean = x.mean(0, keepdim=True).numpy() * center
+    x_q, w_q = mean + rounded(x.numpy() - mean), rounded(w.numpy())
+    d_q = (nu + s).numpy()
+    y, dx, dw = run("fp4_authors_mean" if center else "fp4_authors", x, s + nu, w)
+    close(y, torch.from_numpy(x_q @ w_q.T), 1e-4)
+    close(dx, torch.from_numpy(d_q @ w_q), 1e-2)
+    close(dw, torch.from_numpy(d_q.T @ x_q), 0.5 if center else 1e-2)  # of sums of 64 x 999 x 3
+    d = normal(64, 48)
+    draws = [recipes.round_as_authors(d, center, torch.tensor(i)) for i in range(256)]
+    assert relative(sum(draws) / 256, d) < 0.05 < relative(draws[0], d)  # scales are off by 1/16
+
+
+def test_a_branch_changes_no_function_and_trains():
+    layer = fp4.FP4Linear(64, 48, recipe="fp32")
+    model, x = torch.nn.Sequential(layer), normal(8, 64)
+    wanted, w = model(x), layer.weight.detach().clone()
+    recipes.add_branches(model, rank=4)
+    close(model(x), wanted, 1e-5)
+    assert relative(model[0].layer.weight, w) < 1
+    rest = torch.linalg.svdvals(w)[4:].norm()
+    assert model[0].layer.weight.norm().item() == pytest.approx(rest.item(), rel=1e-4)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_rotation_is_orthonormal_and_comes_before_the_rounding():
     x, d = normal(40, 32), normal(40, 48, seed=1)
     x[5, 5] = 100  # the amax before it is rotated
@@ -194,7 +288,7 @@ def test_headroom_rounds_right_on_average():
     value is beyond 6, where it would saturate."""
     x = normal(512, 512)
     for block in ((1, 16), (16, 1)):
-        draws = [recipes.quantize_with_headroom(x, block, seed) for seed in range(16)]
+        draws = [recipes.quantize(x, block, Variant(headroom=True), seed) for seed in range(16)]
         mean = sum(draw.dequantize() for draw in draws) / 16
         assert ((mean * x).sum() / x.square().sum()).item() == pytest.approx(1, abs=5e-4)
         largest = 6 * draws[0].scales.float() * draws[0].tensor_scale  # that a block can hold
@@ -229,7 +323,8 @@ def test_the_errors_of_wgrad():
         d = normal(512, 128, seed=2) + mean * normal(128, seed=3)
         for name in ("bf16", "fp4", "fp4_mean", *VARIANTS):
             found[mean, name] = relative(run(name, x, d, normal(128, 128))[2], d.t() @ x)
-    for name in ("fp4", "fp4_mean", *VARIANTS):
+    alike = [n for n, v in VARIANTS.items() if v.directions == 1 and not v.four_over_six]
+    for name in ("fp4", "fp4_mean", *alike):
         of_x = 0.138 if name == "fp4_mean_sr" else 0.0953
         of_d = 0.153 if name == "fp4_mean_headroom" else 0.138
         assert found[0, name] == pytest.approx(math.hypot(of_x, of_d), rel=0.03), name
@@ -562,3 +657,103 @@ def test_every_committed_figure_is_drawn_from_a_folder(tmp_path):
     figures.main([str(tmp_path)])
     committed = {path.name for path in (figures.HERE / "assets").iterdir()}
     assert {path.name for path in tmp_path.glob("*.png")} == committed
+
+
+# loop.py
+
+
+def test_the_loop_is_that_of_train_py(toy):
+    """Weights and losses, bit for bit; and the presets."""
+    for precision in ("bf16-0-1", "fp4_mean-4-1"):
+        folder = toy / f"compare/tiny-2/{precision}"
+        config = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
+        model = GPT(config, loop.generator_for(config, "init"))
+        due = [m["val_loss"] for m in compare.evaluations(folder)]
+        for step in loop.train(model, config):
+            assert loop.evaluate(model, config) == due[step]
+            saved = torch.load(folder / f"step-{step}.pt")["model"]
+            assert all(torch.equal(w, saved[name]) for name, w in model.state_dict().items())
+        assert step == 2
+    assert loop.PURPOSES == train.PURPOSES
+    for preset, values in train.PRESETS.items():
+        if preset in loop.PRESETS:
+            of_train = vars(train.Config(**values))
+            own = vars(loop.settings(preset, dataset=values.get("dataset", "shakespeare")))
+            assert own == {name: of_train[name] for name in own}
+
+
+# origin.py
+
+
+def test_given_frequencies_are_a_constant_of_the_logits(toy):
+    tokens = load(toy / "plays-bytes", "train")
+    p = origin.frequencies(tokens, 320)
+    counts = np.bincount(encode(BYTES, [TEXT * 40, EOT]), minlength=320)
+    assert p.sum().item() == pytest.approx(1, abs=1e-6)
+    assert p.tolist() == pytest.approx(((counts + 1) / (counts.sum() + 320)).tolist())
+    config = loop.settings("micro", **TINY, vocab_size=320)
+    given = origin.BiasedGPT(config, loop.generator_for(config, "init"), p.log())
+    plain, ids = GPT(config, loop.generator_for(config, "init")), torch.randint(257, (2, 33))
+    assert torch.equal(given(ids[:, :-1]), plain(ids[:, :-1]) + p.log())
+    assert given.state_dict().keys() == plain.state_dict().keys()
+    loss = F.cross_entropy(given(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    assert given(ids[:, :-1], ids[:, 1:]) == loss
+
+
+def test_what_a_mean_says_by_hand():
+    """Of a head that knows the frequencies, and hidden states whose mean says them twice over."""
+    torch.manual_seed(1)
+    p = torch.softmax(2 * normal(64), 0)
+    config = loop.settings("micro", **TINY, vocab_size=64)
+    model, hidden, targets = GPT(config), normal(50, 32), torch.randint(64, (50,))
+    hidden[:, 0] = 2
+    with torch.no_grad():
+        model.head.weight[:, 0] = p.log()
+        model.head.weight[:, 1:] = 0
+    found = origin.at_the_head(model, hidden, targets, p)
+    assert (found["correlation"], found["unweighted"]) == pytest.approx((1, 1))
+    assert (found["slope"], found["random"]) == pytest.approx((2, 1))
+    logits = {"as it is": 2 * p.log(), "without": 0 * p, "frequencies": p.log()}
+    due = {name: F.cross_entropy(x.expand(50, 64), targets).item() for name, x in logits.items()}
+    assert found["loss"] == pytest.approx(due)
+    x, w = p.log().numpy(), p.numpy() / p.numpy().sum()
+    logits = normal(64, seed=3)
+    cov = np.cov(x, logits.numpy(), aweights=w, ddof=0)
+    due = cov[0, 1] / math.sqrt(cov[0, 0] * cov[1, 1]), cov[0, 1] / cov[0, 0]
+    assert origin.fit(logits, p, p) == pytest.approx(due, rel=1e-4)
+
+
+def test_runs_are_measured_kept_and_printed_again(toy, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(origin, "OUT", tmp_path)
+    monkeypatch.setitem(origin.VOCABULARIES, "plays", (str(toy / "plays-bytes"), [], 2))
+    small = {**TINY, "learning_rate": 2e-3, "max_steps": 2, "steps": (0, 2)}
+    trained = origin.run("plays", "bf16", "plain", 1, **small)
+    assert trained["step"] == [0, 2] and {*trained["share"]} == {*origin.KINDS, "norm"}
+    # shares and loss are train.py's, of a run of the same shape, seed and batches
+    of_train, _ = json.loads((toy / "toy.json").read_text())["runs"]
+    assert trained["loss"]["bf16"] == pytest.approx(
+        [of_train["val"][i][1] for i in (0, 2)], abs=1e-5
+    )
+    linears = np.mean([trained["share"][kind] for kind in origin.KINDS], 0)
+    assert linears == pytest.approx([of_train["mean_share"][i][1] for i in (0, 2)], abs=1e-4)
+    assert trained["loss"]["fp4"] != trained["loss"]["bf16"] != trained["loss"]["fp4_mean"]
+
+    calls, run = [], origin.run
+
+    def run_small(**setting):
+        calls.append(setting)
+        return run(**setting, **small)
+
+    monkeypatch.setattr(origin, "run", run_small)
+    monkeypatch.setattr(origin, "SMOLLM2", toy / "compare/tiny-2/bf16-0-1")
+    argv = ["--vocab", "plays", "--seed", "1", "--dataset", str(toy / "plays-bytes")]
+    monkeypatch.setattr(origin, "far_end", functools.partial(origin.far_end, windows=2, length=32))
+    origin.main([*argv, "--json", f"{tmp_path}/o.json"])
+    printed = capsys.readouterr().out
+    origin.main([f"{tmp_path}/o.json"])
+    assert printed.endswith(capsys.readouterr().out) and "| frequencies | 2 |" in printed
+    assert len(calls) == 6
+    stored = json.loads((tmp_path / "o.json").read_text())
+    assert stored["runs"][0]["loss"]["bf16"] == pytest.approx(trained["loss"]["bf16"], rel=1e-3)
+    assert len(stored["smollm2"]["stream"]["share"]) == 2
+    assert stored["smollm2"]["stream"]["cosine"][-1] == pytest.approx(1)
