@@ -19,7 +19,7 @@ import fp4
 import train
 from data.shards import load, write_dataset
 from data.tokenizer import EOT, FolderEncoding, encode, get_encoding
-from experiments import analyze, compare, figures, loop, origin, recipes
+from experiments import analyze, authors, compare, figures, loop, origin, recipes
 from experiments import eval as evaluation
 from experiments.recipes import VARIANTS, LinearVariant, Variant, split_off
 from model import GPT
@@ -680,6 +680,38 @@ def test_the_loop_is_that_of_train_py(toy):
             of_train = vars(train.Config(**values))
             own = vars(loop.settings(preset, dataset=values.get("dataset", "shakespeare")))
             assert own == {name: of_train[name] for name in own}
+
+
+# authors.py
+
+
+def test_the_authors_runs_with_and_without_a_branch(toy, monkeypatch, tmp_path, capsys):
+    """Before training a branch changes nothing but what is rounded; each run is made once."""
+    monkeypatch.setattr(authors, "OUT", tmp_path)
+    small = TINY | {"dataset": str(toy / "plays-bytes"), "vocab_size": 320, "max_steps": 2}
+    monkeypatch.setitem(authors.CHANGES, "nano", small)
+    exact = [authors.run("nano", "fp32", branch, 1) for branch in (False, True)]
+    assert [step for step, _ in exact[0]] == [0, 1, 2]
+    assert exact[0][0] == pytest.approx(exact[1][0], abs=1e-5) and exact[0][2] != exact[1][2]
+    authors.main(["nano", "--json", f"{tmp_path}/all.json"])
+    runs = len(list(tmp_path.glob("nano-*.json")))
+    monkeypatch.setattr(authors, "run", None)
+    authors.main(["nano", "--json", f"{tmp_path}/all.json"])
+    records = json.loads((tmp_path / "all.json").read_text())
+    assert len({r["val"][-1][1] for r in records}) == runs == 5  # no two recipes alike
+    assert capsys.readouterr().out.endswith(authors.table(records, "nano") + "\n")
+
+
+def test_the_authors_table_by_hand():
+    val = {"bf16": [2, 1], "fp4_authors": [2.5, 1.25]}
+    records = [
+        {"preset": "nano", "precision": name, "branch": False, "seed": seed,
+         "val": [[0, first + seed], [60, last]]}
+        for name, (first, last) in val.items() for seed in (1, 2)
+    ]  # fmt: skip
+    lines = authors.table([*records, {"preset": "smollm2"}], "nano").splitlines()
+    assert lines[0] == "| precision | branch | step 0 | step 60 |"
+    assert lines[2:] == ["| `bf16` |  | 3.500 | 1.000 |", "| `fp4_authors` |  | +0.500 | +0.250 |"]
 
 
 # origin.py
