@@ -129,15 +129,15 @@ def draw_train_on(stored):
 def draw_directions(stored):
     """Of SmolLM2, the gap to bf16 against the number of directions that are split off, as it is and
     trained on, and what they cost."""
-    names = {0: "fp4_1d", 1: "fp4_project_1d", 4: "fp4_project4_1d", 16: "fp4_project16_1d"}
-    names |= {32: "fp4_lowrank", 64: "fp4_project64_1d"}
+    names = {0: "fp4_1d", 1: "fp4_project_1d", 16: "fp4_project16_1d"}
+    names |= {32: "fp4_project32_1d", 48: "fp4_lowrank"}
     first = {label(r): r["val"] for r in stored["runs"] if r["seed"] == 1}
     figure, ax = panels(8, 4.2)
     for moment, color, text in ((0, OCHRE, "as it is"), (-1, BLUE, "trained on for 60 steps")):
         bf16 = first["bf16"][moment][1]
         gaps = [first[name][moment][1] - bf16 for name in names.values()]
         ax.plot(range(len(names)), gaps, "o-", color=color, lw=1.8, label=f"fp4_..._1d, {text}")
-        four_six = {1: "fp4_project_1d_46", 3: "fp4_project16_1d_46", 4: "fp4_lowrank_46"}
+        four_six = {1: "fp4_project_1d_46", 3: "fp4_project32_1d_46"}
         better = [first[name][moment][1] - bf16 for name in four_six.values()]
         ax.plot(list(four_six), better, "^", mfc="none", color=color, label="and four over six")
     ends = [first[name][-1][1] - first["bf16"][-1][1] for name in ("fp4", "fp4_mean")]

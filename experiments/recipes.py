@@ -386,7 +386,7 @@ VARIANTS = {
     # what a real model needs beyond its mean
     "fp4_project": Variant(split="project"),
     "fp4_project_1d": Variant(split="project", weight_1d=True),
-    "fp4_lowrank": Variant(split="project", directions=32, weight_1d=True),
+    "fp4_lowrank": Variant(split="project", directions=48, weight_1d=True),
     "fp4_project_massive": Variant(split="project", massive=True),
     "fp4_mean_massive": Variant(massive=True),
     "fp4_1d": Variant(split="none", weight_1d=True),
@@ -402,9 +402,9 @@ VARIANTS = {
     "fp4_mean_sr": Variant(stochastic_x=True),
     "fp4_mean_1d": Variant(weight_1d=True),
 }
-for k in (2, 4, 8, 16, 64):
+for k in (2, 4, 8, 16, 32, 64):
     VARIANTS[f"fp4_project{k}_1d"] = dataclasses.replace(VARIANTS["fp4_lowrank"], directions=k)
-for name in ("fp4_project_1d", "fp4_project16_1d", "fp4_lowrank"):
+for name in ("fp4_project_1d", "fp4_project32_1d"):
     VARIANTS[f"{name}_46"] = dataclasses.replace(VARIANTS[name], four_over_six=True)
 fp4.RECIPES |= {name: (LinearVariant, variant) for name, variant in VARIANTS.items()}
 fp4.RECIPES |= {"fp4_authors": (LinearAuthors, False), "fp4_authors_mean": (LinearAuthors, True)}

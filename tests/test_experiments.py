@@ -4,6 +4,7 @@ import functools
 import json
 import lzma
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ import fp4
 import train
 from data.shards import load, write_dataset
 from data.tokenizer import EOT, FolderEncoding, encode, get_encoding
-from experiments import analyze, authors, compare, figures, loop, origin, recipes
+from experiments import analyze, authors, compare, figures, loop, origin, positions, recipes
 from experiments import eval as evaluation
 from experiments.recipes import VARIANTS, LinearVariant, Variant, split_off
 from model import GPT
@@ -424,7 +425,7 @@ def test_summary_by_hand():
     assert "| +6.00 ± 2.00 | -0.2500 ± 0.0500 |" in compare.table(rows, "fp4")
 
 
-@pytest.mark.parametrize("name", ["added_mean", "natural", "ablations", "train_on"])
+@pytest.mark.parametrize("name", ["added_mean", "natural", "ablations", "train_on", "directions"])
 def test_committed_results_are_those_of_the_listed_settings(name):
     stored, listed = json.loads((RESULTS / f"{name}.json").read_text()), compare.EXPERIMENTS[name]
     made = [*compare.runs(name, stored["preset"], listed["seeds"], stored["steps"])]
@@ -682,6 +683,47 @@ def test_the_loop_is_that_of_train_py(toy):
             assert own == {name: of_train[name] for name in own}
 
 
+# positions.py
+
+
+def test_groups_of_predicted_tokens_by_hand():
+    """Two sequences; of the first the last two tokens are the last word."""
+    ids = [[9, *[1, 2] * 8, 3, 1], [9, 4, 3]]
+    share = np.array([0, 0.5, 5e-4, 5e-5, 1e-4, 0, 0, 0, 0, 0])
+    masks = positions.groups(ids, [2, 1], share)
+    where = {name: mask.nonzero()[0].tolist() for name, mask in masks.items()}
+    assert where["all tokens"] == [*range(20)]
+    assert where["last word"] == [16, 17, 19]
+    assert where["last word, in the passage before"] == [17] and where["last word, new"] == [16, 19]
+    assert where["others, rare"] == [] and where["others, between"] == [*range(1, 16, 2), 18]
+    assert where["others, frequent"] == [*range(0, 16, 2)]
+    assert where["others, after 1 to 15 tokens"] == [*range(15), 18]
+    assert where["others, after 16 to 63"] == [15]
+    passage = np.repeat([0, 1], [18, 2])
+    values = np.arange(20.0)
+    n, mean, error = positions.statistics(values, masks["last word"], passage)
+    assert (n, mean) == (3, pytest.approx(52 / 3, abs=1e-4))
+    sums = 16 + 17 - 2 * 52 / 3, 19 - 52 / 3  # deviations add up within a passage
+    assert error == pytest.approx(math.hypot(*sums) / 3, abs=1e-4)
+
+
+def test_token_losses_are_those_of_single_sequences(toy):
+    """And a first token that is kept exact has bf16's logits, the others not, under fp4."""
+    folder = toy / "compare/tiny-2/bf16-0-1"
+    ids = [[1, 5, 7, 5], [2, 4, 6], [3, 1, 2, 9]]
+    model = GPT.load(folder, precision="bf16")
+    wanted = [F.cross_entropy(model(torch.tensor([s[:-1]]))[0], torch.tensor(s[1:]),
+                              reduction="none") for s in ids]  # fmt: skip
+    wanted = torch.cat(wanted).detach().numpy()
+    np.testing.assert_allclose(positions.token_losses(model, ids, 6), wanted, atol=1e-5)
+    tokens = torch.tensor([[1, 5, 7]])
+    fp32, rounded = GPT.load(folder, precision="fp32"), GPT.load(folder, precision="fp4")
+    layers = {n: m for n, m in rounded.named_modules() if isinstance(m, fp4.FP4Linear)}
+    positions.keep_first(rounded, {n: m.weight.detach() for n, m in layers.items()})
+    difference = (rounded(tokens) - fp32(tokens)).abs().amax(2)[0]
+    assert difference[0] < 1e-5 < 1e-3 < difference[1:].min()
+
+
 # authors.py
 
 
@@ -789,3 +831,34 @@ def test_runs_are_measured_kept_and_printed_again(toy, monkeypatch, tmp_path, ca
     assert stored["runs"][0]["loss"]["bf16"] == pytest.approx(trained["loss"]["bf16"], rel=1e-3)
     assert len(stored["smollm2"]["stream"]["share"]) == 2
     assert stored["smollm2"]["stream"]["cosine"][-1] == pytest.approx(1)
+
+
+def test_tables_of_the_readme_are_those_of_the_results():
+    """Findings 4, 5 and 6: their rows, made again."""
+    text = (figures.HERE / "README.md").read_text()
+
+    def gap(value, digits=3):
+        return f"{value:+.{digits}f}".replace("0.", ".", 1)
+
+    stored = json.loads((RESULTS / "directions.json").read_text())
+    first, last = ({compare.label(r): r["val"][i][1] for r in stored["runs"]} for i in (0, -1))
+    fp4_gap = last["fp4"] - last["bf16"]
+    for name in last.keys() - {"bf16"}:
+        trained = last[name] - last["bf16"]
+        closed = f" {1 - trained / fp4_gap:.0%} " if name != "fp4" else " "
+        row = f" | {gap(first[name] - first['bf16'])} | {gap(trained)} |{closed}|"
+        assert re.search(rf"^\| \**`{name}`.*{re.escape(row)}", text, re.M), row
+
+    runs = json.loads((RESULTS / "authors.json").read_text())
+    bf16, *runs = [[loss for _, loss in r["val"]] for r in runs]
+    gaps = [[loss - base for loss, base in zip(run, bf16, strict=True)] for run in runs]
+    for i, row in enumerate(gaps):
+        closed = f" {1 - row[-1] / gaps[0][-1]:.0%} " if i else " "
+        assert f"| {' | '.join(map(gap, row))} |{closed}|" in text
+
+    found = json.loads((RESULTS / "positions.json").read_text())
+    groups = "last word", "others, frequent", "others, between", "others, rare"
+    for group in groups:
+        cells = [(found[group][way][1], found[group][way][2]) for way in positions.WAYS[1:]]
+        cells = (f"{gap(mean, 2)} ± {gap(error, 2)[1:]}" for mean, error in cells)
+        assert f"| {found[group]['bf16'][0]:,} | {' | '.join(cells)} |" in text
