@@ -26,7 +26,7 @@ from data.shards import load, write_dataset
 from data.tokenizer import BYTE, EOT, encode, encoding_of, get_encoding, prompt_ids, tokenizer_hash
 from model import CHECKPOINT_FORMAT, GPT, ModelConfig
 from tools import hf
-from tools.stored_means import calibrate, calibrate_on
+from tools.stored_means import calibrate, calibrate_on, split_of
 
 BYTES = get_encoding("bytes")
 TOKENS = torch.randint(257, (3, 32), generator=torch.Generator().manual_seed(0))
@@ -392,6 +392,13 @@ def test_what_no_constant_can_stand_for_stays():
     model[0].unused = fp4.FP4Linear(64, 48)
     assert calibrate(model, [tokens_with_a_mean(9)]) == 1
     assert type(model[0].unused) is fp4.FP4Linear
+
+
+def test_only_what_a_constant_can_stand_for_is_stored():
+    assert split_of("fp4_mean") == ("mean", (16, 16)) and split_of("fp4_1d") == ("none", (1, 16))
+    assert split_of("fp4_project_1d") == ("project", (1, 16))
+    changed = "svd", "mean_paper", "project_massive", "lowrank", "project_1d_46", "authors_mean"
+    assert [split_of(f"fp4_{name}") for name in changed] == [None] * 6
 
 
 def test_stored_means_can_be_pickled_and_refuse_what_would_leave_them_behind():

@@ -79,6 +79,8 @@ def split_of(recipe):
         return None
     if argument.massive or argument.stochastic_x or argument.round_mean_weight:
         return None
+    if argument.directions > 1 or argument.four_over_six:
+        return None
     return split, (1, 16) if argument.weight_1d else (16, 16)
 
 
