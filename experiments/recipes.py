@@ -404,7 +404,7 @@ VARIANTS = {
 }
 for k in (2, 4, 8, 16, 32, 64):
     VARIANTS[f"fp4_project{k}_1d"] = dataclasses.replace(VARIANTS["fp4_lowrank"], directions=k)
-for name in ("fp4_project_1d", "fp4_project32_1d"):
+for name in ("fp4_project_1d", "fp4_project16_1d", "fp4_project32_1d"):
     VARIANTS[f"{name}_46"] = dataclasses.replace(VARIANTS[name], four_over_six=True)
 fp4.RECIPES |= {name: (LinearVariant, variant) for name, variant in VARIANTS.items()}
 fp4.RECIPES |= {"fp4_authors": (LinearAuthors, False), "fp4_authors_mean": (LinearAuthors, True)}
