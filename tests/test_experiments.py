@@ -799,7 +799,7 @@ def test_what_a_mean_says_by_hand():
 
 def test_runs_are_measured_kept_and_printed_again(toy, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(origin, "OUT", tmp_path)
-    monkeypatch.setitem(origin.VOCABULARIES, "plays", (str(toy / "plays-bytes"), [], 2))
+    monkeypatch.setitem(origin.VOCABULARIES, "plays", (str(toy / "plays-bytes"), [], 2, 3))
     small = {**TINY, "learning_rate": 2e-3, "max_steps": 2, "steps": (0, 2)}
     trained = origin.run("plays", "bf16", "plain", 1, **small)
     assert trained["step"] == [0, 2] and {*trained["share"]} == {*origin.KINDS, "norm"}
