@@ -241,7 +241,7 @@ def main(argv=None):
     names = ", ".join(EXPERIMENTS)
     parser.add_argument("experiment", help=f"{names}, or a .json file to print the table of")
     parser.add_argument("--preset", help="of train.py (micro, or smollm2)")
-    parser.add_argument("--seeds", type=int, help="(3 or 1)")
+    parser.add_argument("--seeds", type=int, help="(3; natural, directions, novels and rates 1)")
     parser.add_argument("--steps", type=int, help="(300; natural 2000, novels 200, of SmolLM2 60)")
     parser.add_argument("--json", type=Path, help="keep the numbers there")
     args = parser.parse_args(argv)

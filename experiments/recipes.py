@@ -47,8 +47,6 @@ class Variant:
         split_alike = self.split in ("mean", "svd") and self.split_grad
         if self.cross_terms and (not split_alike or self.hadamard or self.massive):
             raise ValueError(f"{self}: cross_terms need X and D split alike, and nothing else")
-        if self.weight_1d and self.hadamard:
-            raise ValueError(f"{self}: hadamard would rotate W too, in blocks along outputs")
         if self.four_over_six and not self.weight_1d:
             raise ValueError(f"{self}: four_over_six needs weight_1d")
 
@@ -98,7 +96,13 @@ def split_off(x, split, massive=None, directions=1):
         for _ in range(8):
             right = F.normalize(fp4.mm(fp4.mm(x, right.t()).t(), x))
     left = fp4.mm(x, right.t())
-    return left, right, x - fp4.mm(left, right)
+    return left, right, add_product(x, left, right, -1)
+
+
+def add_product(x, left, right, sign=1):
+    """x plus or minus left times right, all FP32, in one pass; not under torch.autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.addmm(x, left, right, alpha=sign)
 
 
 def leading_directions(x, mean, k):
@@ -168,30 +172,42 @@ def split_quantize(x, variant, split, rowwise, columnwise, seeds, massive=None):
     left, right   (T, k) and (k, m), FP32, or None: see `split_off`
     r             the residual in NVFP4 (T, m), in blocks along features
     r_t           its transpose (m, T), in blocks along tokens"""
-    plain = not (variant.four_over_six if seeds is None else variant.headroom)
-    if split in ("none", "mean") and plain and not variant.hadamard and massive is None:
+    changed = variant.hadamard or massive is not None or rounds_otherwise(variant, seeds)
+    if split in ("none", "mean") and not changed:
         mean, r, r_t = fp4.center_quantize(x, split == "mean", rowwise, columnwise, seeds)
         left = None if mean is None else mean.new_ones(len(x), 1)
         return left, mean, r, r_t
 
     left, right, residual = split_off(x, split, massive, variant.directions)
     along_tokens = rotate_tokens(residual) if variant.hadamard else residual
-    if plain:
-        _, r, _ = fp4.center_quantize(residual, False, rowwise, False, seeds)
-        _, _, r_t = fp4.center_quantize(along_tokens, False, False, columnwise, seeds)
-        return left, right, r, r_t
-    row_seed, column_seed = (None, None) if seeds is None else seeds
-    r = quantize(residual, (1, 16), variant, row_seed) if rowwise else None
-    r_t = quantize(along_tokens, (16, 1), variant, column_seed).t() if columnwise else None
+    r, r_t = quantize_both(residual, along_tokens, variant, rowwise, columnwise, seeds)
     return left, right, r, r_t
+
+
+def rounds_otherwise(variant, seeds):
+    """Whether `quantize`, with seeds or without, differs from fp4.quantize."""
+    return variant.four_over_six if seeds is None else variant.headroom
+
+
+def quantize_both(x, along_tokens, variant, rowwise, columnwise, seeds):
+    """x in blocks along features, and the transpose of along_tokens in blocks along tokens: NVFP4,
+    or None where not wanted."""
+    if not rounds_otherwise(variant, seeds):
+        _, r, _ = fp4.center_quantize(x, False, rowwise, False, seeds)
+        _, _, r_t = fp4.center_quantize(along_tokens, False, False, columnwise, seeds)
+        return r, r_t
+    row_seed, column_seed = (None, None) if seeds is None else seeds
+    r = quantize(x.float(), (1, 16), variant, row_seed) if rowwise else None
+    if not columnwise:
+        return r, None
+    return r, quantize(along_tokens.float(), (16, 1), variant, column_seed).t()
 
 
 def quantize_weight(w, variant, need_dx):
     """w (n, m) in NVFP4 for fprop, and for dgrad, if it is needed, its transpose."""
     if not variant.weight_1d:
         return fp4.quantize_weight(w)
-    _, _, w_q, w_t = split_quantize(w, variant, "none", True, need_dx, None)
-    return w_q, w_t
+    return quantize_both(w, w, variant, True, need_dx, None)
 
 
 def round_mean(mean, mean_format, stochastic):
@@ -220,7 +236,7 @@ def gemm(a, b, dtype, left, right):
     """fp4.gemm for left (M, k) and right (k, N) of any k."""
     if right is None or len(right) == 1:
         return fp4.gemm(a, b, dtype, left, right)
-    return fp4.gemm(a, b, torch.float32).add_(fp4.mm(left, right)).to(dtype)
+    return add_product(fp4.gemm(a, b, torch.float32), left, right).to(dtype)
 
 
 class LinearVariant(torch.autograd.Function):

@@ -108,8 +108,12 @@ def test_zeros_constants_and_single_tokens_stay_finite(name):
 def test_choices_must_make_sense():
     cross = {"cross_terms": True}
     wrong = [{"split": "median"}, {"mean_format": "fp8"}, cross | {"split": "project"}]
-    wrong += [{"four_over_six": True}, {"hadamard": True, "weight_1d": True}]
-    wrong += [cross | {"hadamard": True}, cross | {"massive": True}, cross | {"split_grad": False}]
+    wrong += [
+        {"four_over_six": True},
+        cross | {"hadamard": True},
+        cross | {"massive": True},
+        cross | {"split_grad": False},
+    ]
     for choices in wrong:
         with pytest.raises(ValueError, match=r"^Variant\("):
             Variant(**choices)
@@ -161,7 +165,7 @@ def test_operands_are_those_of_the_reference():
 def test_what_is_split_off_and_that_the_residual_is_rounded(split):
     x, w = normal(64, 32) + normal(32, seed=1), normal(48, 32)
     left, right, residual = split_off(x, split)
-    assert torch.equal(residual, x - left * right)
+    close(residual, x - left * right, 1e-5)  # one rounding, where here are two
     if split == "project":
         assert relative(right[0] * x.mean(0).norm(), x.mean(0)) < 1e-6
         assert max((residual @ right.t()).abs().max(), residual.mean(0).abs().max()) < 1e-5
