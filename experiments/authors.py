@@ -83,7 +83,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.preset.endswith(".json"):
         records = json.loads(Path(args.preset).read_text())
-        for preset in CHANGES:
+        for preset in dict.fromkeys(r["preset"] for r in records):
             print(f"\n{preset}, minus bf16's loss\n\n{table(records, preset)}")
         return
     print(fp4.use_fast_path(torch.device("cpu")), flush=True)
