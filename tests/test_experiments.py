@@ -816,6 +816,8 @@ def test_runs_are_measured_kept_and_printed_again(toy, monkeypatch, tmp_path, ca
     assert trained["loss"]["bf16"] == pytest.approx(
         [of_train["val"][i][1] for i in (0, 2)], abs=1e-5
     )
+    given = origin.run("plays", "bf16", "frequencies", 1, **small)
+    assert given["loss"]["bf16"][0] < trained["loss"]["bf16"][0] - 1  # knows them from the start
     linears = np.mean([trained["share"][kind] for kind in origin.KINDS], 0)
     assert linears == pytest.approx([of_train["mean_share"][i][1] for i in (0, 2)], abs=1e-4)
     assert trained["loss"]["fp4"] != trained["loss"]["bf16"] != trained["loss"]["fp4_mean"]
