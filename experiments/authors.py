@@ -20,7 +20,7 @@ import torch
 
 import fp4
 from experiments.compare import markdown
-from experiments.loop import evaluate, generator_for, settings, train
+from experiments.loop import evaluate, generator_for, once, settings, train
 from experiments.recipes import add_branches
 from model import GPT
 
@@ -40,18 +40,15 @@ def run(preset, precision, branch, seed, **changes):
     if branch:
         add_branches(model)
     moments = range(0, config.max_steps + 1, config.max_steps // 2)
-    return [[step, evaluate(model, config)] for step in train(model, config) if step in moments]
+    steps = (step for step in train(model, config) if step in moments)
+    return [[step, round(evaluate(model, config), 5)] for step in steps]
 
 
 def finish(preset, precision, branch, seed):
     """The record of a run, which is trained if it was not yet."""
     path = OUT / f"{preset}-{precision}-{branch}-{seed}.json"
-    if not path.exists():
-        val = [[step, round(loss, 5)] for step, loss in run(preset, precision, branch, seed)]
-        record = {"preset": preset, "precision": precision, "branch": branch, "seed": seed}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record | {"val": val}))
-    record = json.loads(path.read_text())
+    setting = {"preset": preset, "precision": precision, "branch": branch, "seed": seed}
+    record = once(path, lambda: setting | {"val": run(**setting)})
     print(f"{path}: val loss {record['val'][-1][1]:.4f}", flush=True)
     return record
 

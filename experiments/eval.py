@@ -107,6 +107,17 @@ def tokenize(encoding, context, target, block_size):
 # Scores.
 
 
+def batches(sequences, batch_tokens):
+    """The numbers of sequences of one length that go together, without padding: lists, as many as
+    have batch_tokens inputs at most, and one sequence at least."""
+    of_length = {}
+    for i, sequence in enumerate(sequences):
+        of_length.setdefault(len(sequence) - 1, []).append(i)
+    for length, members in of_length.items():
+        size = max(1, batch_tokens // length)
+        yield from (members[i : i + size] for i in range(0, len(members), size))
+
+
 @torch.no_grad()
 def score(model, examples, batch_tokens):
     """The log-probability in nats of each target after its context, and whether each of its tokens
@@ -116,20 +127,14 @@ def score(model, examples, batch_tokens):
     a batch at most, and one sequence at least."""
     device = model.head.weight.device
     logp, exact = np.zeros(len(examples)), np.zeros(len(examples), bool)
-    of_length = {}
-    for i, (context, target) in enumerate(examples):
-        of_length.setdefault(len(context) + len(target) - 1, []).append(i)
-    for length, members in of_length.items():
-        size = max(1, batch_tokens // length)
-        for start in range(0, len(members), size):
-            batch = members[start : start + size]
-            tokens = torch.tensor([examples[i][0] + examples[i][1] for i in batch], device=device)
-            target_start = torch.tensor([len(examples[i][0]) - 1 for i in batch], device=device)
-            in_context = torch.arange(length, device=device) < target_start[:, None]  # (B, T)
-            logits, y = model(tokens[:, :-1]), tokens[:, 1:]
-            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-            logp[batch] = -loss.double().masked_fill(in_context, 0).sum(1).cpu().numpy()
-            exact[batch] = ((logits.argmax(-1) == y) | in_context).all(1).cpu().numpy()
+    for batch in batches([context + target for context, target in examples], batch_tokens):
+        tokens = torch.tensor([examples[i][0] + examples[i][1] for i in batch], device=device)
+        target_start = torch.tensor([len(examples[i][0]) - 1 for i in batch], device=device)
+        logits, y = model(tokens[:, :-1]), tokens[:, 1:]
+        in_context = torch.arange(y.shape[1], device=device) < target_start[:, None]  # (B, T)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+        logp[batch] = -loss.double().masked_fill(in_context, 0).sum(1).cpu().numpy()
+        exact[batch] = ((logits.argmax(-1) == y) | in_context).all(1).cpu().numpy()
     return logp, exact
 
 

@@ -9,6 +9,7 @@ A plain GPT gets train.py's losses and weights, on a CPU bit for bit with as man
 done between two steps disturbs nothing, as all that is random has seeds of its own.
 """
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -36,6 +37,17 @@ PRESETS = {  # train.py's, but for the shape of smollm2's model, which brings it
 def settings(preset, **changes):
     """A run's fields, named as in train.py; a model's config is part of them."""
     return SimpleNamespace(**vars(ModelConfig()) | DEFAULTS | PRESETS[preset] | changes)
+
+
+def once(path, make):
+    """The record that make() returned when path, a JSON file, was not there yet."""
+    if not path.exists():
+        record = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(record))
+        part.rename(path)
+    return json.loads(path.read_text())
 
 
 def seed_for(config, purpose, step=0):

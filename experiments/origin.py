@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import fp4
 from data.shards import load
 from experiments.compare import markdown
-from experiments.loop import batch, evaluate, generator_for, settings, train
+from experiments.loop import batch, evaluate, generator_for, once, settings, train
 from model import GPT
 
 OUT = Path("out/origin")
@@ -195,14 +195,9 @@ def rounded(record):
 def finish(setting):
     """The record of a run, which is trained if it was not yet."""
     path = OUT / ("-".join(str(v) for v in setting.values()) + ".json")
-    if not path.exists():
-        record = setting | rounded(run(**setting))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(record))
-        part.rename(path)
-        print(path, flush=True)
-    return json.loads(path.read_text())
+    record = once(path, lambda: setting | rounded(run(**setting)))
+    print(path, flush=True)
+    return record
 
 
 # ------------------------------------------------------------------------------------------------

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 import fp4
 from data.tokenizer import encoding_of
 from experiments.compare import markdown
-from experiments.eval import read_lambada, text_of, tokenize
-from model import GPT
+from experiments.eval import batches, read_lambada, text_of, tokenize
+from model import GPT, load_checkpoint
 from tools.stored_means import calibrate_on
 
-WAYS = "bf16", "fp4", "fp4_mean", "fp4_mean first", "fp4_project_1d"
+WAYS = "bf16", "fp4", "fp4 first", "fp4_mean", "fp4_mean first", "fp4_project_1d"
 RARE, FREQUENT = 1e-4, 1e-3  # shares of a token
 
 
@@ -39,10 +39,11 @@ def groups(ids, targets, share):
     seen = np.concatenate([[s[i] in s[:i] for i in range(1, len(s))] for s in ids])
     share = share[np.concatenate([s[1:] for s in ids])]
     return {
-        "all tokens": before > 0,
+        "all tokens": np.ones(len(before), bool),
         "last word": last,
         "last word, in the passage before": last & seen,
         "last word, new": last & ~seen,
+        "last word, rare": last & (share < RARE),
         "others, rare": ~last & (share < RARE),
         "others, between": ~last & (share >= RARE) & (share <= FREQUENT),
         "others, frequent": ~last & (share > FREQUENT),
@@ -55,18 +56,13 @@ def groups(ids, targets, share):
 @torch.no_grad()
 def token_losses(model, ids, batch_tokens=4096):
     """In nats, of every token but the first of each sequence, one after another: (N,)."""
-    losses, of_length = [None] * len(ids), {}
-    for i, sequence in enumerate(ids):
-        of_length.setdefault(len(sequence), []).append(i)
-    for length, members in of_length.items():
-        size = max(1, batch_tokens // length)
-        for start in range(0, len(members), size):
-            batch = members[start : start + size]
-            tokens = torch.tensor([ids[i] for i in batch])
-            logits = model(tokens[:, :-1]).transpose(1, 2)
-            loss = F.cross_entropy(logits, tokens[:, 1:], reduction="none")
-            for i, row in zip(batch, loss.double().numpy(), strict=True):
-                losses[i] = row
+    losses = [None] * len(ids)
+    for batch in batches(ids, batch_tokens):
+        tokens = torch.tensor([ids[i] for i in batch])
+        logits = model(tokens[:, :-1]).transpose(1, 2)
+        loss = F.cross_entropy(logits, tokens[:, 1:], reduction="none")
+        for i, row in zip(batch, loss.double().numpy(), strict=True):
+            losses[i] = row
     return np.concatenate(losses)
 
 
@@ -85,21 +81,21 @@ def keep_first(model, weights):
 
 def measure(args):
     """{group: {way: [tokens, mean, standard error]}}: bf16's loss, then differences to it."""
+    run = load_checkpoint(args.out_dir)
+    encoding = encoding_of(run["folder"], run["tokenizer"], run["tokenizer_hash"])
+    passages = read_lambada(args.lambada)
+    pairs = [tokenize(encoding, *passage, 512) for passage in passages[: args.limit]]
+    ids = [context + word for context, word in pairs]
     values = {}
     for way in WAYS:
         recipe, *first = way.split()
         model = GPT.load(args.out_dir, "cpu", recipe)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, fp4.FP4Linear)}
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        run = model.run
         if recipe != "bf16":
-            calibrate_on(model, text_of(run, args.dataset, "train"))
+            calibrate_on(model, text_of(model.run, args.dataset, "train"))
         if first:
             keep_first(model, weights)
-        encoding = encoding_of(run["folder"], run["tokenizer"], run["tokenizer_hash"])
-        passages = read_lambada(args.lambada)
-        pairs = [tokenize(encoding, *passage, 512) for passage in passages[: args.limit]]
-        ids = [context + word for context, word in pairs]
         values[way] = token_losses(model, ids) - values.get("bf16", 0)
         print(f"{way}: {values[way].mean():.3f}", flush=True)
     contexts = [t for context, _ in passages for t in encoding.encode_ordinary(context)]

@@ -192,6 +192,8 @@ def rounds_otherwise(variant, seeds):
 def quantize_both(x, along_tokens, variant, rowwise, columnwise, seeds):
     """x in blocks along features, and the transpose of along_tokens in blocks along tokens: NVFP4,
     or None where not wanted."""
+    if not rounds_otherwise(variant, seeds) and along_tokens is x:
+        return fp4.center_quantize(x, False, rowwise, columnwise, seeds)[1:]
     if not rounds_otherwise(variant, seeds):
         _, r, _ = fp4.center_quantize(x, False, rowwise, False, seeds)
         _, _, r_t = fp4.center_quantize(along_tokens, False, False, columnwise, seeds)

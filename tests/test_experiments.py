@@ -701,6 +701,7 @@ def test_groups_of_predicted_tokens_by_hand():
     assert where["all tokens"] == [*range(20)]
     assert where["last word"] == [16, 17, 19]
     assert where["last word, in the passage before"] == [17] and where["last word, new"] == [16, 19]
+    assert where["last word, rare"] == [16, 19]
     assert where["others, rare"] == [] and where["others, between"] == [*range(1, 16, 2), 18]
     assert where["others, frequent"] == [*range(0, 16, 2)]
     assert where["others, after 1 to 15 tokens"] == [*range(15), 18]
