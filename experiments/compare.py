@@ -34,7 +34,7 @@ def grid(precisions, added_means=(0.0,), **more):
 FP4 = ["fp4", "fp4_mean", "fp4_mean_paper", "fp4_hadamard", "fp4_svd"]
 ON = ["fp4_hadamard", "fp4_project", "fp4_mean_1d", "fp4_project_1d"]
 FOUR_OVER_SIX = ["fp4_project_1d_46", "fp4_project32_1d_46"]
-MORE = ["fp4_project16_1d", "fp4_project32_1d", "fp4_lowrank"]
+MORE = ["fp4_project16_1d", "fp4_project32_1d"]
 PATHS = ["row_bf16", "row_fp4", "row_fp4_sr", "row_weight", "cross", "x"]  # of the mean
 ROUNDING = ["x", "headroom", "sr", "1d"]
 EXPERIMENTS = {
@@ -60,9 +60,10 @@ EXPERIMENTS = {
         "once": grid(["fp4_mean_paper", "fp4_svd"]),
     },
     "directions": {
-        "seeds": 1, "steps": 60, "base": "fp4", "preset": "smollm2",
+        "seeds": 3, "steps": 60, "base": "fp4", "preset": "smollm2",
         "flags": {"eval_windows": 32, "eval_interval": 30},
-        "settings": grid(["fp4", "fp4_mean", "fp4_1d", "fp4_project_1d", *MORE, *FOUR_OVER_SIX]),
+        "settings": grid(["fp4", "fp4_mean", "fp4_lowrank"]),
+        "once": grid(["fp4_1d", "fp4_project_1d", *MORE, *FOUR_OVER_SIX]),
     },
     "novels": {
         "seeds": 1, "steps": 200, "base": "fp4", "preset": "smollm2",
@@ -241,7 +242,7 @@ def main(argv=None):
     names = ", ".join(EXPERIMENTS)
     parser.add_argument("experiment", help=f"{names}, or a .json file to print the table of")
     parser.add_argument("--preset", help="of train.py (micro, or smollm2)")
-    parser.add_argument("--seeds", type=int, help="(3; natural, directions, novels and rates 1)")
+    parser.add_argument("--seeds", type=int, help="(3; natural, novels and rates 1)")
     parser.add_argument("--steps", type=int, help="(300; natural 2000, novels 200, of SmolLM2 60)")
     parser.add_argument("--json", type=Path, help="keep the numbers there")
     args = parser.parse_args(argv)

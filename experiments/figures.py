@@ -129,22 +129,22 @@ def draw_train_on(stored):
 def draw_directions(stored):
     """Of SmolLM2, the gap to bf16 against the number of directions that are split off, as it is and
     trained on, and what they cost."""
+    trained = {r["label"]: r["gap"] for r in summary(stored["runs"], stored["base"])}
+    first = {label(r): r["val"][0][1] for r in stored["runs"]}
+    as_is = {name: loss - first["bf16"] for name, loss in first.items()}
     names = {0: "fp4_1d", 1: "fp4_project_1d", 16: "fp4_project16_1d"}
     names |= {32: "fp4_project32_1d", 48: "fp4_lowrank"}
-    first = {label(r): r["val"] for r in stored["runs"] if r["seed"] == 1}
+    four_six = {1: "fp4_project_1d_46", 3: "fp4_project32_1d_46"}
     figure, ax = panels(8, 4.2)
-    for moment, color, text in ((0, OCHRE, "as it is"), (-1, BLUE, "trained on for 60 steps")):
-        bf16 = first["bf16"][moment][1]
-        gaps = [first[name][moment][1] - bf16 for name in names.values()]
-        ax.plot(range(len(names)), gaps, "o-", color=color, lw=1.8, label=f"fp4_..._1d, {text}")
-        four_six = {1: "fp4_project_1d_46", 3: "fp4_project32_1d_46"}
-        better = [first[name][moment][1] - bf16 for name in four_six.values()]
-        ax.plot(list(four_six), better, "^", mfc="none", color=color, label="and four over six")
-    ends = [first[name][-1][1] - first["bf16"][-1][1] for name in ("fp4", "fp4_mean")]
-    for name, gap in zip(("fp4", "fp4_mean"), ends, strict=True):
-        ax.axhline(gap, color=STYLES[name]["color"], lw=0.8, ls=":")
-        ax.annotate(f"{name}, trained on", (len(names) - 1, gap), (0, 3),
-                    textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    for gaps, color, text in ((as_is, OCHRE, "as it is"), (trained, BLUE, "trained on")):
+        values = [gaps[name] for name in names.values()]
+        ax.plot(range(len(names)), values, "o-", color=color, lw=1.8, label=text)
+        better = [gaps[name] for name in four_six.values()]
+        ax.plot(list(four_six), better, "^", mfc="none", color=color, label="... four over six")
+    where = {"textcoords": "offset points", "ha": "right", "fontsize": 8}
+    for name in ("fp4", "fp4_mean"):
+        ax.axhline(trained[name], color=STYLES[name]["color"], lw=0.8, ls=":")
+        ax.annotate(f"{name}, trained on", (len(names) - 1, trained[name]), (0, 3), **where)
     costs = [f"{k}\n{k * (1 / 576 + 1 / 1536):.1%}" for k in names]
     ax.set_xticks(range(len(names)), costs)
     ax.set(ylim=(0, None), ylabel="validation loss minus bf16's, nats a token")

@@ -852,12 +852,14 @@ def test_tables_of_the_readme_are_those_of_the_results():
         return f"{value:+.{digits}f}".replace("0.", ".", 1)
 
     stored = json.loads((RESULTS / "directions.json").read_text())
-    first, last = ({compare.label(r): r["val"][i][1] for r in stored["runs"]} for i in (0, -1))
-    fp4_gap = last["fp4"] - last["bf16"]
-    for name in last.keys() - {"bf16"}:
-        trained = last[name] - last["bf16"]
-        closed = f" {1 - trained / fp4_gap:.0%} " if name != "fp4" else " "
-        row = f" | {gap(first[name] - first['bf16'])} | {gap(trained)} |{closed}|"
+    first = {compare.label(r): r["val"][0][1] for r in stored["runs"]}
+    rows = {r["label"]: r for r in compare.summary(stored["runs"], stored["base"])}
+    for name in rows.keys() - {"bf16"}:
+        trained = gap(rows[name]["gap"])
+        if rows[name]["seeds"] > 1:
+            trained += f" ± {gap(rows[name]['gap_error'])[1:]}"
+        closed = f" {1 - rows[name]['gap'] / rows['fp4']['gap']:.0%} " if name != "fp4" else " "
+        row = f" | {gap(first[name] - first['bf16'])} | {trained} |{closed}|"
         assert re.search(rf"^\| \**`{name}`.*{re.escape(row)}", text, re.M), row
 
     runs = json.loads((RESULTS / "authors.json").read_text())
