@@ -132,9 +132,9 @@ def draw_directions(stored):
     trained = {r["label"]: r["gap"] for r in summary(stored["runs"], stored["base"])}
     first = {label(r): r["val"][0][1] for r in stored["runs"]}
     as_is = {name: loss - first["bf16"] for name, loss in first.items()}
-    names = {0: "fp4_1d", 1: "fp4_project_1d", 16: "fp4_project16_1d"}
+    names = {0: "fp4_1d", 1: "fp4_project_1d", 4: "fp4_project4_1d", 16: "fp4_project16_1d"}
     names |= {32: "fp4_project32_1d", 48: "fp4_lowrank"}
-    four_six = {1: "fp4_project_1d_46", 3: "fp4_project32_1d_46"}
+    four_six = {1: "fp4_project_1d_46", 4: "fp4_project32_1d_46"}
     figure, ax = panels(8, 4.2)
     for gaps, color, text in ((as_is, OCHRE, "as it is"), (trained, BLUE, "trained on")):
         values = [gaps[name] for name in names.values()]
