@@ -85,47 +85,43 @@ def _larger(a, b):
 
 
 @triton.jit
-def _block_scales(amaxes, table):
+def _block_scales(amaxes, table, CASTS: tl.constexpr):
     """From amaxes of blocks, as their bits: E4M3 bytes, int32; factors into [-6, 6]; and a mask of
-    the sign bit, 0 for NaN, whose sign differs between machines. table: `_scale_table`."""
-    s = tl.minimum(_float(amaxes) * tl.load(table + 1), 448.0)
-    power = tl.maximum(
-        _float(_bits(s) & 0x7F800000), 0.015625
-    )  # the largest power of two in s, at least 2^-6
-    magic = power * 1048576.0  # 2^20 power has ulp power / 8, the step of fp4.e4m3_round
-    s = (s + magic) - magic
-    subnormal = _bits(s + 16384.0) & 7  # 2^14 has ulp 2^-9
-    byte = tl.where(s < 0.015625, subnormal, (_bits(s) >> 20) - (120 << 3))  # bias 127 -> 7
-    nan = amaxes > 0x7F800000
-    byte = tl.where(nan, 0x7F, byte)
-    return byte, tl.load(table + 2 + byte), tl.where(nan, 0, -0x80000000)
-
-
-@triton.jit
-def _nibble(y, sign, noise, STOCHASTIC: tl.constexpr):
-    """Scaled values -> 4-bit codes, the highest bits of uint32, by the three lines of fp4.encode.
-    They are compared as integers: Hopper takes the least of three at once, and NaN is above all
-    numbers."""
-    a, one = tl.abs(y), 128.0 if STOCHASTIC else 8388608.0
-    code = tl.minimum(_bits(2 * a + one), _bits(a + (one + 2)))
-    code = tl.minimum(code, _bits(0.5 * a + (one + 4)))
-    if STOCHASTIC:
-        code = (tl.minimum(code, 0x43070000) << 12) + noise  # 128 + 7
-    else:
-        code = tl.minimum(code, 0x4B000007) << 28  # 2^23 + 7
-    return (code | (_bits(y) & sign)).to(tl.uint32)
-
-
-@triton.jit
-def _encode(low, high, sign, index, key, STOCHASTIC: tl.constexpr, FP4: tl.constexpr):
-    """Scaled values (M, N, P) of low and of high nibbles -> bytes (M, N, P). The first byte's index
-    in the tensor is `index` (M, N, 1), a multiple of P. sign: of `_block_scales`. FP4: by the
-    hardware's cast."""
-    if FP4 and not STOCHASTIC:
+    eight codes' signs, 0 for NaN, whose sign differs between machines. table: `_scale_table`."""
+    s = _float(amaxes) * tl.load(table + 1)
+    if CASTS >= 1:
         byte = tl.inline_asm_elementwise(
-            "{ .reg .b8 c; cvt.rn.satfinite.e2m1x2.f32 c, $2, $1; cvt.u32.u8 $0, c; }",
-            constraints="=r,f,f",
-            args=[low, high],
+            """{ .reg .b16 two; cvt.rn.satfinite.e4m3x2.f32 two, 0f00000000, $1;
+            cvt.u32.u16 $0, two; }""",
+            constraints="=r,f",
+            args=[s],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        power = tl.maximum(_float(_bits(tl.minimum(s, 448.0)) & 0x7F800000), 0.015625)
+        magic = power * 1048576.0  # 2^20 power has ulp power / 8, the step of fp4.e4m3_round
+        s = (tl.minimum(s, 448.0) + magic) - magic
+        subnormal = _bits(s + 16384.0) & 7  # 2^14 has ulp 2^-9
+        byte = tl.where(s < 0.015625, subnormal, (_bits(s) >> 20) - (120 << 3))  # bias 127 -> 7
+        byte = tl.where(amaxes > 0x7F800000, 0x7F, byte)
+    return byte, tl.load(table + 2 + byte), tl.where(byte == 0x7F, 0, -0x77777778)
+
+
+@triton.jit
+def _word(low, high, signs, index, key, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr):
+    """Scaled values (N, 4) of low and of high nibbles -> four bytes of codes, int32 (N,), the
+    first at `index` in the tensor, a multiple of 4. signs: of `_block_scales`, (N,)."""
+    y, z = _four(low), _four(high)
+    if CASTS == 2 and not STOCHASTIC:
+        word = tl.inline_asm_elementwise(
+            """{ .reg .b8 a, b, c, d;
+            cvt.rn.satfinite.e2m1x2.f32 a, $5, $1; cvt.rn.satfinite.e2m1x2.f32 b, $6, $2;
+            cvt.rn.satfinite.e2m1x2.f32 c, $7, $3; cvt.rn.satfinite.e2m1x2.f32 d, $8, $4;
+            mov.b32 $0, {a, b, c, d}; }""",
+            constraints="=r,f,f,f,f,f,f,f,f",
+            args=[y[0], y[1], y[2], y[3], z[0], z[1], z[2], z[3]],
             dtype=tl.int32,
             is_pure=True,
             pack=1,
@@ -133,17 +129,47 @@ def _encode(low, high, sign, index, key, STOCHASTIC: tl.constexpr, FP4: tl.const
     else:
         noise_low, noise_high = None, None
         if STOCHASTIC:
-            # hash((index + lane) ^ key): index is a multiple of P, so lane sets bits that are 0,
+            # hash((index + lane) ^ key): index is a multiple of 4, so lane sets bits that are 0,
             # and that `>> 16` drops. The hash's first step is the same for all lanes.
-            lane = tl.arange(0, low.shape[2]).to(tl.uint32)[None, None, :]
             u = index.to(tl.uint32) ^ key
-            u = _hash_rest((u ^ (u >> 16)) ^ lane)
-            noise_low = ((u << 12) & 0x0FFFFFFF).to(tl.int32)  # 16 bits, below the code's
-            noise_high = (u >> 4).to(tl.int32)  # 16, and 12 below them that never carry
-        low = _nibble(low, sign, noise_low, STOCHASTIC)
-        high = _nibble(high, sign, noise_high, STOCHASTIC)
-        byte = ((high & 0xF0000000) | (low >> 4)) >> 24
-    return byte.to(tl.uint8)
+            lane = tl.arange(0, 4).to(tl.uint32)[None, :]
+            u = _hash_rest((u ^ (u >> 16))[:, None] ^ lane)
+            noise_low, noise_high = (u & 0xFFFF).to(tl.int32), (u >> 16).to(tl.int32)
+        c, d = _four(_code(low, noise_low, STOCHASTIC)), _four(_code(high, noise_high, STOCHASTIC))
+        word, sign = tl.zeros_like(c[0]), tl.zeros_like(c[0]).to(tl.uint32)
+        for k in tl.static_range(3, -1, -1):
+            word = (word * 16 + d[k]) * 16 + c[k]
+            sign = sign << 4 | z[k].to(tl.uint32, bitcast=True) >> 28  # and 3 bits of the exponent
+            sign = sign << 4 | y[k].to(tl.uint32, bitcast=True) >> 28
+        word += -0x77777300 if STOCHASTIC else 0x05000000  # what the sums have beside the codes
+        word |= sign.to(tl.int32) & signs
+    return word
+
+
+@triton.jit
+def _code(y, noise, STOCHASTIC: tl.constexpr):
+    """Scaled values -> codes 0..7, and 2^23 or, rounded with noise, 128's bits above them, by the
+    three lines of fp4.encode. They are compared as integers: Hopper takes the least of three at
+    once, and NaN is above all numbers."""
+    a, one = tl.abs(y), 128.0 if STOCHASTIC else 8388608.0
+    code = tl.minimum(_bits(2 * a + one), _bits(a + (one + 2)))
+    code = tl.minimum(code, _bits(0.5 * a + (one + 4)))
+    if STOCHASTIC:
+        code = (tl.minimum(code, 0x43070000) + noise) >> 16  # 128 + 7
+    else:
+        code = tl.minimum(code, 0x4B000007)  # 2^23 + 7
+    return code
+
+
+@triton.jit
+def _four(v):
+    """(N, 4), or (M, N, 2, 2), -> four tensors, in order."""
+    if len(v.shape) == 2:
+        v = tl.reshape(v, (v.shape[0], 2, 2))
+    v02, v13 = tl.split(v)
+    v0, v2 = tl.split(v02)
+    v1, v3 = tl.split(v13)
+    return v0, v1, v2, v3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,29 +248,21 @@ def _scale_table(amaxes, table, n, N: tl.constexpr):
 
 
 @triton.jit
-def _pairs(x, pair, inside, P: tl.constexpr, EVEN: tl.constexpr):
-    """P pairs of neighbours in a row of x, from number `pair` (M, N, 1) on: the even values and the
-    odd, (M, N, P), FP32. x points to floats, or, two BF16 at once, to int32."""
+def _pairs(x, pair, inside):
+    """Pairs of neighbours in a row of x: the even values and the odd, FP32; 0 outside. x points to
+    int32, two BF16, or to int64, two FP32."""
+    v = tl.load(x + pair, mask=inside, other=0)
     if x.dtype.element_ty == tl.int32:
-        x += pair + tl.arange(0, P)[None, None, :]
-        v = tl.load(x) if EVEN else tl.load(x, mask=inside, other=0)
-        even, odd = _float(v << 16), _float(v & -0x10000)
+        even, odd = v << 16, v & -0x10000
     else:
-        x += pair * 2 + tl.arange(0, 2 * P)[None, None, :]
-        v = tl.load(x) if EVEN else tl.load(x, mask=inside, other=0.0)
-        even, odd = _even_odd(v.to(tl.float32))
-    return even, odd
+        even, odd = v.to(tl.int32), (v >> 32).to(tl.int32)
+    return _float(even), _float(odd)
 
 
 @triton.jit
-def _even_odd(y):  # (M, N, 2P) -> (M, N, P) twice
-    return tl.split(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2] // 2, 2)))
-
-
-@triton.jit
-def _residual(x, mean, pair, inside, P: tl.constexpr, CENTER: tl.constexpr, EVEN: tl.constexpr):
+def _residual(x, mean, pair, inside, CENTER: tl.constexpr, EVEN: tl.constexpr):
     """`_pairs` of x less those of the mean; 0 outside."""
-    even, odd = _pairs(x, pair, inside, P, EVEN)
+    even, odd = _pairs(x, pair, inside)
     if CENTER:
         even, odd = even - mean[0], odd - mean[1]
         if not EVEN:
@@ -255,132 +273,138 @@ def _residual(x, mean, pair, inside, P: tl.constexpr, CENTER: tl.constexpr, EVEN
 @triton.jit
 def _round_rows(
     x, mean, table, seed, codes, scales, token, feature, T, m,
-    CENTER: tl.constexpr, STOCHASTIC: tl.constexpr, FP4: tl.constexpr, EVEN: tl.constexpr,
+    CENTER: tl.constexpr, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """In blocks along features: codes (T, m/2), scales (T, m/16). x and mean point to the tile."""
+    """In blocks along features: codes (T, m/8), eight a word, scales (T, m/16). A thread takes a
+    block, its halves a and b. x and mean point to the tile."""
     key, mean_a, mean_b = None, None, None
     if STOCHASTIC:
         key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
     tile = token.to(tl.int64) * (m // 16) + feature // 16
-    codes, scales, index = codes + tile * 8, scales + tile, (tile * 8).to(tl.int32)
-    # A block is 8 bytes. Below a0, a1 are the even and the odd values of its first half, for low
-    # and high nibbles; b0, b1 those of its second.
-    block = tl.arange(0, BLOCK // 16)[None, :, None]
-    inside_m = feature + block * 16 < m
+    codes, scales, index = codes + tile * 2, scales + tile, (tile * 8).to(tl.int32)
+    number = tl.arange(0, STEP * BLOCK // 16)
+    row, block = number // (BLOCK // 16), number % (BLOCK // 16)
+    inside_m = (feature + block * 16 < m) | EVEN
+    four, two = tl.arange(0, 4)[None, :], tl.arange(0, 2)[None, :]
+    pair = block[:, None] * 8 + four
     if CENTER:
-        mean_a = _pairs(mean, block * 8, inside_m, 4, EVEN)
-        mean_b = _pairs(mean, block * 8 + 4, inside_m, 4, EVEN)
+        mean_a = _pairs(mean, pair, inside_m[:, None])
+        mean_b = _pairs(mean, pair + 4, inside_m[:, None])
     for t in tl.static_range(0, 16, STEP):
-        i = (t + tl.arange(0, STEP))[:, None, None]
-        pair, inside = i * (m // 2) + block * 8, (token + i < T) & inside_m
-        a0, a1 = _residual(x, mean_a, pair, inside, 4, CENTER, EVEN)
-        b0, b1 = _residual(x, mean_b, pair + 4, inside, 4, CENTER, EVEN)
-        amaxes = tl.max(tl.maximum(_larger(a0, a1), _larger(b0, b1)), 2, keep_dims=True)
-        byte, factor, sign = _block_scales(amaxes, table)
+        i = t + row
+        inside = (inside_m & (token + i < T)) | EVEN
+        pair = (i * (m // 2) + block * 8)[:, None] + four
+        a = _residual(x, mean_a, pair, inside[:, None], CENTER, EVEN)
+        b = _residual(x, mean_b, pair + 4, inside[:, None], CENTER, EVEN)
+        amaxes = tl.max(tl.maximum(_larger(a[0], a[1]), _larger(b[0], b[1])), 1)
+        byte, factor, signs = _block_scales(amaxes, table, CASTS)
         offs = i * (m // 16) + block
-        first = index + offs * 8
-        a = _encode(a0 * factor, a1 * factor, sign, first, key, STOCHASTIC, FP4)
-        b = _encode(b0 * factor, b1 * factor, sign, first + 4, key, STOCHASTIC, FP4)
-        c = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (STEP, BLOCK // 16, 8))
-        tl.store(codes + (offs * 8 + tl.arange(0, 8)[None, None, :]), c, mask=inside)
+        factor, first = factor[:, None], index + offs * 8
+        a = _word(a[0] * factor, a[1] * factor, signs, first, key, STOCHASTIC, CASTS)
+        b = _word(b[0] * factor, b[1] * factor, signs, first + 4, key, STOCHASTIC, CASTS)
+        tl.store(codes + ((offs * 2)[:, None] + two), tl.join(a, b), mask=inside[:, None])
         tl.store(scales + offs, byte.to(tl.uint8), mask=inside)
 
 
 @triton.jit
 def _round_columns(
     x, mean, table, seed, codes, scales, token, feature, T, m,
-    CENTER: tl.constexpr, STOCHASTIC: tl.constexpr, FP4: tl.constexpr, EVEN: tl.constexpr,
+    CENTER: tl.constexpr, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In blocks along tokens: codes (T/2, m), scales (T/16, m). x and mean point to the tile."""
+    """In blocks along tokens: codes (T/2, m/4), two tokens of 4 features a word, scales (T/16, m).
+    A thread takes 4 features. x and mean point to the tile."""
+    N: tl.constexpr = BLOCK // 4
     key, mean_a = None, None
     if STOCHASTIC:
         key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
     tile = (token // 2).to(tl.int64) * m + feature
-    codes, index = codes + tile, tile.to(tl.int32)
-    quad, lane = tl.arange(0, BLOCK // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
-    inside_m = feature + quad * 4 < m
+    codes, index = codes + tile // 4, tile.to(tl.int32)
+    quad = tl.arange(0, N)
+    inside_m = (feature + quad * 4 < m) | EVEN
+    pair = quad[:, None] * 2 + tl.arange(0, 2)[None, :]
     if CENTER:
-        mean_a = _pairs(mean, quad * 2, inside_m, 2, EVEN)
-    amaxes, r = tl.zeros((1, BLOCK // 4, 4), tl.int32), ()
+        mean_a = _pairs(mean, pair, inside_m[:, None])
+    r, amaxes = (), tl.zeros((N, 4), tl.int32)
     for i in tl.static_range(16):
-        pair, inside = i * (m // 2) + quad * 2, (token + i < T) & inside_m
-        a0, a1 = _residual(x, mean_a, pair, inside, 2, CENTER, EVEN)
-        r += (tl.reshape(tl.join(a0, a1), (1, BLOCK // 4, 4)),)
+        inside = (inside_m & (token + i < T)) | EVEN
+        a = _residual(x, mean_a, i * (m // 2) + pair, inside[:, None], CENTER, EVEN)
+        r += (tl.reshape(tl.join(a[0], a[1]), (N, 4)),)
         if i % 2:
             amaxes = tl.maximum(amaxes, _larger(r[i - 1], r[i]))
-    byte, factor, sign = _block_scales(amaxes, table)
+    byte, factor, signs = _block_scales(amaxes, table, CASTS)
+    offs = token // 16 * m + feature + (quad * 4)[:, None] + tl.arange(0, 4)[None, :]
+    tl.store(scales + offs, byte.to(tl.uint8), mask=inside_m[:, None])
+    s = _four(signs)
+    signs = (s[0] & 0xFF) | (s[1] & 0xFF00) | (s[2] & 0xFF0000) | (s[3] & -0x1000000)
     for i in tl.static_range(8):
-        offs = i * m + quad * 4
-        a, b = r[2 * i] * factor, r[2 * i + 1] * factor
-        c = _encode(a, b, sign, index + offs, key, STOCHASTIC, FP4)
-        tl.store(codes + (offs + lane), c, mask=inside_m)
-    offs = token // 16 * m + (feature + quad * 4 + lane)
-    tl.store(scales + offs, byte.to(tl.uint8), mask=inside_m)
+        a, b, first = r[2 * i] * factor, r[2 * i + 1] * factor, index + (i * m + quad * 4)
+        word = _word(a, b, signs, first, key, STOCHASTIC, CASTS)
+        tl.store(codes + (i * (m // 4) + quad), word, mask=inside_m)
 
 
 @triton.jit
 def _center_quantize(
     x, mean, table, seeds, codes, scales, codes_t, scales_t, T, m,
     CENTER: tl.constexpr, ROWWISE: tl.constexpr, COLUMNWISE: tl.constexpr,
-    STOCHASTIC: tl.constexpr, FP4: tl.constexpr, EVEN: tl.constexpr,
+    STOCHASTIC: tl.constexpr, CASTS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     strips, pid = tl.cdiv(m, BLOCK), tl.program_id(0)
     token, feature = pid // strips * 16, pid % strips * BLOCK
-    block = token.to(tl.int64) * (m // 16) + feature // 16
-    x += block * (8 if x.dtype.element_ty == tl.int32 else 16)
-    mean += feature
+    x += token.to(tl.int64) * (m // 2) + feature // 2
+    mean += feature // 2
     seed_t = None
     if STOCHASTIC:
         seed_t = seeds + 1
-    if ROWWISE:
-        _round_rows(
-            x, mean, table, seeds, codes, scales, token, feature, T, m,
-            CENTER, STOCHASTIC, FP4, EVEN, BLOCK, STEP,
-        )  # fmt: skip
     if COLUMNWISE:
         _round_columns(
             x, mean, table, seed_t, codes_t, scales_t, token, feature, T, m,
-            CENTER, STOCHASTIC, FP4, EVEN, BLOCK,
+            CENTER, STOCHASTIC, CASTS, EVEN, BLOCK,
+        )  # fmt: skip
+    if ROWWISE:
+        _round_rows(
+            x, mean, table, seeds, codes, scales, token, feature, T, m,
+            CENTER, STOCHASTIC, CASTS, EVEN, BLOCK, STEP,
         )  # fmt: skip
 
 
 @triton.jit
 def _quantize_weight(
     w, table, codes, codes_t, scales, m,
-    FP4: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    CASTS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """W (n, m) in 16 x 16 blocks, packed along m for fprop and along n for dgrad."""
+    """W (n, m) in 16 x 16 blocks, packed along m for fprop, codes (n, m/4), four columns in 16
+    bits, and along n for dgrad, codes_t (n/2, m/4), two rows of 4 columns a word. A thread takes 4
+    columns."""
+    N: tl.constexpr = BLOCK // 16
     strips, pid = tl.cdiv(m, BLOCK), tl.program_id(0)
     row, column = pid // strips * 16, pid % strips * BLOCK
-    quad, lane = tl.arange(0, BLOCK // 4)[None, :, None], tl.arange(0, 4)[None, None, :]
-    lane2, inside = tl.arange(0, 2)[None, None, :], column + quad * 4 < m
-    w += row.to(tl.int64) * m + column
-    amaxes, r = tl.zeros((1, BLOCK // 4, 4), tl.int32), ()
+    block = tl.arange(0, N)[:, None]
+    quad = block * 4 + tl.arange(0, 4)[None, :]
+    inside = (column + quad * 4 < m) | EVEN
+    pair = quad[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    w += row.to(tl.int64) * (m // 2) + column // 2
+    r, amaxes = (), tl.zeros_like(pair)
     for i in tl.static_range(16):
-        w_row = w + (i * m + quad * 4 + lane)
-        v = tl.load(w_row) if EVEN else tl.load(w_row, mask=inside, other=0.0)
-        r += (v.to(tl.float32),)
-        if i % 2:
-            amaxes = tl.maximum(amaxes, _larger(r[i - 1], r[i]))
-    amaxes = tl.max(tl.reshape(amaxes, (BLOCK // 16, 16)), 1, keep_dims=True)
-    byte, factor, sign = _block_scales(amaxes, table)
-    block = tl.arange(0, BLOCK // 16)[:, None]
-    offs = row // 16 * (m // 16) + (column // 16 + block)
+        r += (_pairs(w, i * (m // 2) + pair, inside[:, :, None]),)
+        amaxes = tl.maximum(amaxes, _larger(r[i][0], r[i][1]))
+    byte, factor, signs = _block_scales(tl.max(tl.max(amaxes, 2), 1, keep_dims=True), table, CASTS)
+    offs = row // 16 * (m // 16) + column // 16 + block
     tl.store(scales + offs, byte.to(tl.uint8), mask=column + block * 16 < m)
-    factor = tl.reshape(tl.broadcast_to(factor, (BLOCK // 16, 4)), (1, BLOCK // 4, 1))
-    sign = tl.reshape(tl.broadcast_to(sign, (BLOCK // 16, 4)), (1, BLOCK // 4, 1))
+    factor = factor[:, :, None]
     for i in tl.static_range(0, 16, 2):
-        a, b = r[i] * factor, r[i + 1] * factor
-        out = codes_t + (((row + i) // 2) * m + (column + quad * 4 + lane))
-        tl.store(out, _encode(a, b, sign, None, None, False, FP4), mask=inside)
-        out = codes + ((row + i) * (m // 2) + (column // 2 + quad * 2 + lane2))
-        a0, a1 = _even_odd(a)
-        tl.store(out, _encode(a0, a1, sign, None, None, False, FP4), mask=inside)
-        b0, b1 = _even_odd(b)
-        tl.store(out + m // 2, _encode(b0, b1, sign, None, None, False, FP4), mask=inside)
+        a0, a1 = r[i][0] * factor, r[i][1] * factor  # even and odd columns
+        b0, b1 = r[i + 1][0] * factor, r[i + 1][1] * factor
+        word = _word(tl.join(a0, a1), tl.join(b0, b1), signs, None, None, False, CASTS)
+        tl.store(codes_t + ((row + i) // 2 * (m // 4) + column // 4 + quad), word, mask=inside)
+        low = tl.permute(tl.join(a0, b0), (0, 1, 3, 2))
+        high = tl.permute(tl.join(a1, b1), (0, 1, 3, 2))
+        word = _word(low, high, signs, None, None, False, CASTS)
+        out = codes + ((row + i) * (m // 4) + column // 4 + quad)
+        tl.store(out, word.to(tl.int16), mask=inside)
+        tl.store(out + m // 4, (word >> 16).to(tl.int16), mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -507,6 +531,12 @@ def _major_version():
     return 0 if INTERPRET else triton.runtime.driver.active.get_current_target().arch // 10
 
 
+def _casts():
+    """Which exact casts of FP32 this machine has: 0 none, 1 to E4M3, 2 to E2M1 too."""
+    arch = 0 if INTERPRET else triton.runtime.driver.active.get_current_target().arch
+    return (arch >= 89) + (arch // 10 in FP4_CORES)
+
+
 def has_fp4():
     """Whether this machine's tensor cores, and its casts, know E2M1."""
     return _major_version() in FP4_CORES
@@ -524,6 +554,13 @@ def backend():
 def _check(x, block):
     if x.ndim != 2 or x.numel() == 0 or any(n % b for n, b in zip(x.shape, block, strict=True)):
         raise ValueError(f"cannot quantize shape {tuple(x.shape)} in {block} blocks")
+
+
+def _as_pairs(x):
+    """x, contiguous, as `_pairs` reads it; elsewhere in memory where an address must be even."""
+    x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+    x = x if x.data_ptr() % (2 * x.element_size()) == 0 else x.clone()
+    return x.view(-1).view(torch.int32 if x.dtype == torch.bfloat16 else torch.int64)
 
 
 def statistics(x, center):
@@ -555,17 +592,17 @@ def round_residual(x, mean, table, rowwise, columnwise, seeds):
     _, codes, scales, codes_t, scales_t, _ = _like_center_quantize(
         x, center, rowwise, columnwise, seeds
     )
-    if x.dtype == torch.bfloat16:  # two at once, at addresses that are multiples of 4
-        x = (x if x.data_ptr() % 4 == 0 else x.clone()).view(-1).view(torch.int32)
+    bf16 = x.dtype == torch.bfloat16
     _center_quantize[(triton.cdiv(T, 16) * triton.cdiv(m, ROUND_COLUMNS),)](
-        x, mean, table, seeds, codes, scales, codes_t, scales_t, T, m,
+        _as_pairs(x), mean.view(torch.int64), table, seeds,
+        codes.view(torch.int32), scales, codes_t.view(torch.int32), scales_t, T, m,
         CENTER=center, ROWWISE=rowwise, COLUMNWISE=columnwise,
-        STOCHASTIC=seeds is not None, FP4=has_fp4(),
+        STOCHASTIC=seeds is not None, CASTS=_casts(),
         EVEN=T % 16 == 0 and m % ROUND_COLUMNS == 0,
         BLOCK=ROUND_COLUMNS, STEP=ROUND_TOKENS,
-        num_warps=ROUND_WARPS, maxnreg=128,  # so that an SM holds 16 warps
+        num_warps=ROUND_WARPS, maxnreg=96 if bf16 else 128,  # so that an SM holds 20 warps, 16
     )  # fmt: skip
-    return mean, codes, scales, codes_t, scales_t, table[0].clone()
+    return mean, codes, scales, codes_t, scales_t, table[0]
 
 
 @torch.library.custom_op("nanofp4::center_quantize", mutates_args=())
@@ -619,11 +656,11 @@ def quantize_weight_op(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(w):
         _, table = statistics(w, False)
         _quantize_weight[(n // 16 * triton.cdiv(m, ROUND_COLUMNS),)](
-            w, table, codes, codes_t, scales, m,
-            FP4=has_fp4(), EVEN=m % ROUND_COLUMNS == 0, BLOCK=ROUND_COLUMNS,
+            _as_pairs(w), table, codes.view(torch.int16), codes_t.view(torch.int32), scales, m,
+            CASTS=_casts(), EVEN=m % ROUND_COLUMNS == 0, BLOCK=ROUND_COLUMNS,
             num_warps=ROUND_WARPS,
         )  # fmt: skip
-    return codes, codes_t, scales, table[0].clone()
+    return codes, codes_t, scales, table[0]
 
 
 @quantize_weight_op.register_fake
