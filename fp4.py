@@ -496,12 +496,16 @@ def decode(codes, scales, block):
 
 
 def noise(shape, block, key):
-    """int32 in [0, 2^16), (R, C). A hash of a byte's index and the key has 16 bits for each of the
-    byte's two codes, so every device and every order of evaluation draws the same."""
-    i = torch.arange(shape[0] * shape[1] // 2, dtype=torch.int32, device=key.device)
+    """int32 in [0, 2^16), (R, C). A hash of the number of a word, four bytes, and the key, times an
+    odd number for each byte, has 16 bits for each of the byte's two codes, so every device and
+    every order of evaluation draws the same."""
+    word = torch.arange(shape[0] * shape[1] // 8, dtype=torch.int32, device=key.device)
+    byte = torch.arange(4, dtype=torch.int32, device=key.device)
+    u = hash32(word ^ key)[:, None] * (byte * 0x3C6EF372 + 1)  # twice 2^32 / golden ratio
+    low, high = u ^ u >> 16, u >> 16  # the product's high bits are its best
     axis = int(block[1] == 16)  # along which two codes share a byte
-    hashes = hash32(i ^ key).view(-1, shape[1] // (1 + axis))
-    return torch.stack((hashes & 0xFFFF, hashes >> 16 & 0xFFFF), axis + 1).view(shape)
+    pairs = [half.view(-1, shape[1] // (1 + axis)) & 0xFFFF for half in (low, high)]
+    return torch.stack(pairs, axis + 1).view(shape)
 
 
 def hash32(i):

@@ -67,12 +67,7 @@ def _float(i):
 @triton.jit
 def _hash(i):
     """uint32 -> uint32: fp4.hash32."""
-    return _hash_rest(i ^ (i >> 16))
-
-
-@triton.jit
-def _hash_rest(i):
-    i = i * 0x7FEB352D
+    i = (i ^ (i >> 16)) * 0x7FEB352D
     i = (i ^ (i >> 15)) * 0x846CA68B
     return i ^ (i >> 16)
 
@@ -106,13 +101,13 @@ def _block_scales(amaxes, table, CASTS: tl.constexpr):
         subnormal = _bits(s + 16384.0) & 7  # 2^14 has ulp 2^-9
         byte = tl.where(s < 0.015625, subnormal, (_bits(s) >> 20) - (120 << 3))  # bias 127 -> 7
         byte = tl.where(amaxes > 0x7F800000, 0x7F, byte)
-    return byte, tl.load(table + 2 + byte), tl.where(byte == 0x7F, 0, -0x77777778)
+    return byte, tl.load(table + 2 + byte), tl.where(byte == 0x7F, 0, 0x88888888).to(tl.uint32)
 
 
 @triton.jit
-def _word(low, high, signs, index, key, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr):
-    """Scaled values (N, 4) of low and of high nibbles -> four bytes of codes, int32 (N,), the
-    first at `index` in the tensor, a multiple of 4. signs: of `_block_scales`, (N,)."""
+def _word(low, high, signs, number, key, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr):
+    """Scaled values (N, 4) of low and of high nibbles -> four bytes of codes, int32 (N,), word
+    `number` of the tensor. signs: of `_block_scales`, (N,)."""
     y, z = _four(low), _four(high)
     if CASTS == 2 and not STOCHASTIC:
         word = tl.inline_asm_elementwise(
@@ -128,37 +123,40 @@ def _word(low, high, signs, index, key, STOCHASTIC: tl.constexpr, CASTS: tl.cons
         )
     else:
         noise_low, noise_high = None, None
-        if STOCHASTIC:
-            # hash((index + lane) ^ key): index is a multiple of 4, so lane sets bits that are 0,
-            # and that `>> 16` drops. The hash's first step is the same for all lanes.
-            u = index.to(tl.uint32) ^ key
+        if STOCHASTIC:  # fp4.noise
             lane = tl.arange(0, 4).to(tl.uint32)[None, :]
-            u = _hash_rest((u ^ (u >> 16))[:, None] ^ lane)
-            noise_low, noise_high = (u & 0xFFFF).to(tl.int32), (u >> 16).to(tl.int32)
+            u = _hash(number.to(tl.uint32) ^ key)[:, None] * (lane * 0x3C6EF372 + 1)
+            noise_low, noise_high = (u ^ u >> 16) & 0xFFFF, u >> 16
         c, d = _four(_code(low, noise_low, STOCHASTIC)), _four(_code(high, noise_high, STOCHASTIC))
-        word, sign = tl.zeros_like(c[0]), tl.zeros_like(c[0]).to(tl.uint32)
+        word, sign = tl.zeros_like(c[0]), tl.zeros_like(c[0])
+        for k in tl.static_range(1, -1, -1):  # two bytes' codes at a time, in halves of the word
+            word = word * 16 + _halves(d[k], d[k + 2], STOCHASTIC)
+            word = word * 16 + _halves(c[k], c[k + 2], STOCHASTIC)
+        word += 0x88888D00 if STOCHASTIC else 0x05000000  # beside the codes the sums had -this
         for k in tl.static_range(3, -1, -1):
-            word = (word * 16 + d[k]) * 16 + c[k]
             sign = sign << 4 | z[k].to(tl.uint32, bitcast=True) >> 28  # and 3 bits of the exponent
             sign = sign << 4 | y[k].to(tl.uint32, bitcast=True) >> 28
-        word += -0x77777300 if STOCHASTIC else 0x05000000  # what the sums have beside the codes
-        word |= sign.to(tl.int32) & signs
+        word = (word | sign & signs).to(tl.int32, bitcast=True)
     return word
+
+
+@triton.jit
+def _halves(a, b, STOCHASTIC: tl.constexpr):
+    """The 16 bits of two codes, where `_code` has them, as one uint32."""
+    return a >> 16 | b & 0xFFFF0000 if STOCHASTIC else a + (b << 16)
 
 
 @triton.jit
 def _code(y, noise, STOCHASTIC: tl.constexpr):
     """Scaled values -> codes 0..7, and 2^23 or, rounded with noise, 128's bits above them, by the
     three lines of fp4.encode. They are compared as integers: Hopper takes the least of three at
-    once, and NaN is above all numbers."""
+    once, adds noise and clamps at once, and NaN is above all numbers."""
     a, one = tl.abs(y), 128.0 if STOCHASTIC else 8388608.0
     code = tl.minimum(_bits(2 * a + one), _bits(a + (one + 2)))
-    code = tl.minimum(code, _bits(0.5 * a + (one + 4)))
+    code = tl.minimum(code, _bits(0.5 * a + (one + 4))).to(tl.uint32)
     if STOCHASTIC:
-        code = (tl.minimum(code, 0x43070000) + noise) >> 16  # 128 + 7
-    else:
-        code = tl.minimum(code, 0x4B000007)  # 2^23 + 7
-    return code
+        return tl.minimum(code + noise, 0x4307FFFF)  # 128 + 7
+    return tl.minimum(code, 0x4B000007)  # 2^23 + 7
 
 
 @triton.jit
@@ -282,9 +280,9 @@ def _round_rows(
     if STOCHASTIC:
         key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
     tile = token.to(tl.int64) * (m // 16) + feature // 16
-    codes, scales, index = codes + tile * 2, scales + tile, (tile * 8).to(tl.int32)
-    number = tl.arange(0, STEP * BLOCK // 16)
-    row, block = number // (BLOCK // 16), number % (BLOCK // 16)
+    codes, scales, first = codes + tile * 2, scales + tile, (tile * 2).to(tl.int32)
+    thread = tl.arange(0, STEP * BLOCK // 16)
+    row, block = thread // (BLOCK // 16), thread % (BLOCK // 16)
     inside_m = (feature + block * 16 < m) | EVEN
     four, two = tl.arange(0, 4)[None, :], tl.arange(0, 2)[None, :]
     pair = block[:, None] * 8 + four
@@ -300,9 +298,9 @@ def _round_rows(
         amaxes = tl.max(tl.maximum(_larger(a[0], a[1]), _larger(b[0], b[1])), 1)
         byte, factor, signs = _block_scales(amaxes, table, CASTS)
         offs = i * (m // 16) + block
-        factor, first = factor[:, None], index + offs * 8
-        a = _word(a[0] * factor, a[1] * factor, signs, first, key, STOCHASTIC, CASTS)
-        b = _word(b[0] * factor, b[1] * factor, signs, first + 4, key, STOCHASTIC, CASTS)
+        factor, number = factor[:, None], first + offs * 2
+        a = _word(a[0] * factor, a[1] * factor, signs, number, key, STOCHASTIC, CASTS)
+        b = _word(b[0] * factor, b[1] * factor, signs, number + 1, key, STOCHASTIC, CASTS)
         tl.store(codes + ((offs * 2)[:, None] + two), tl.join(a, b), mask=inside[:, None])
         tl.store(scales + offs, byte.to(tl.uint8), mask=inside)
 
@@ -319,8 +317,8 @@ def _round_columns(
     key, mean_a = None, None
     if STOCHASTIC:
         key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
-    tile = (token // 2).to(tl.int64) * m + feature
-    codes, index = codes + tile // 4, tile.to(tl.int32)
+    tile = (token // 2).to(tl.int64) * (m // 4) + feature // 4
+    codes, first = codes + tile, tile.to(tl.int32)
     quad = tl.arange(0, N)
     inside_m = (feature + quad * 4 < m) | EVEN
     pair = quad[:, None] * 2 + tl.arange(0, 2)[None, :]
@@ -337,11 +335,11 @@ def _round_columns(
     offs = token // 16 * m + feature + (quad * 4)[:, None] + tl.arange(0, 4)[None, :]
     tl.store(scales + offs, byte.to(tl.uint8), mask=inside_m[:, None])
     s = _four(signs)
-    signs = (s[0] & 0xFF) | (s[1] & 0xFF00) | (s[2] & 0xFF0000) | (s[3] & -0x1000000)
+    signs = (s[0] & 0xFF) | (s[1] & 0xFF00) | (s[2] & 0xFF0000) | (s[3] & 0xFF000000)
     for i in tl.static_range(8):
-        a, b, first = r[2 * i] * factor, r[2 * i + 1] * factor, index + (i * m + quad * 4)
-        word = _word(a, b, signs, first, key, STOCHASTIC, CASTS)
-        tl.store(codes + (i * (m // 4) + quad), word, mask=inside_m)
+        a, b, number = r[2 * i] * factor, r[2 * i + 1] * factor, i * (m // 4) + quad
+        word = _word(a, b, signs, first + number, key, STOCHASTIC, CASTS)
+        tl.store(codes + number, word, mask=inside_m)
 
 
 @triton.jit

@@ -131,7 +131,7 @@ def test_only_what_is_wanted_is_rounded():
 
 def test_the_largest_noise_leaves_a_code_alone():
     """What is exactly a code stays it, also where all 16 bits of the noise are ones."""
-    seed = 514  # the first that has such noise in both halves of a byte
+    seed = 409  # the first that has such noise in both halves of a byte
     key = fp4.hash32(torch.tensor(seed, dtype=torch.int32))
     ones = fp4.noise((64, 64), (1, 16), key) == 0xFFFF
     assert ones[:, ::2].any() and ones[:, 1::2].any()
