@@ -315,8 +315,6 @@ def _round_columns(
     A thread takes 4 features. x and mean point to the tile."""
     N: tl.constexpr = BLOCK // 4
     key, mean_a = None, None
-    if STOCHASTIC:
-        key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
     tile = (token // 2).to(tl.int64) * (m // 4) + feature // 4
     codes, first = codes + tile, tile.to(tl.int32)
     quad = tl.arange(0, N)
@@ -332,14 +330,16 @@ def _round_columns(
         if i % 2:
             amaxes = tl.maximum(amaxes, _larger(r[i - 1], r[i]))
     byte, factor, signs = _block_scales(amaxes, table, CASTS)
-    offs = token // 16 * m + feature + (quad * 4)[:, None] + tl.arange(0, 4)[None, :]
-    tl.store(scales + offs, byte.to(tl.uint8), mask=inside_m[:, None])
     s = _four(signs)
     signs = (s[0] & 0xFF) | (s[1] & 0xFF00) | (s[2] & 0xFF0000) | (s[3] & 0xFF000000)
+    if STOCHASTIC:
+        key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
     for i in tl.static_range(8):
         a, b, number = r[2 * i] * factor, r[2 * i + 1] * factor, i * (m // 4) + quad
         word = _word(a, b, signs, first + number, key, STOCHASTIC, CASTS)
         tl.store(codes + number, word, mask=inside_m)
+    offs = token // 16 * m + feature + (quad * 4)[:, None] + tl.arange(0, 4)[None, :]
+    tl.store(scales + offs, byte.to(tl.uint8), mask=inside_m[:, None])
 
 
 @triton.jit
