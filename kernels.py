@@ -17,10 +17,10 @@ exactly, because FP32 subtraction is monotone.
 
 All that decides a bit is integer arithmetic or one correctly rounded FP32 operation, in a fixed
 order. So Triton's interpreter on a CPU (TRITON_INTERPRET=1), Ampere, Hopper and Blackwell agree.
-For codes and scales that excludes `/`, which is off by 2 ulp (`div_rn` is not), casts to BF16 and
-float8 that round, where targets differ, and fused multiply-adds of inexact products. Blackwell's
-cast to E2M1 is exact: to nearest even, at most 6, NaN to 6. The twin's mean is PyTorch's, in
-another order of summation; given one mean, all bits agree. In a GEMM the decoded values are exact,
+For codes and scales that excludes `/`, which is off by 2 ulp (`div_rn` is not), Triton's casts to
+BF16 and float8, where targets differ, and fused multiply-adds of inexact products. PTX's own casts
+do as fp4.py does: to E4M3 (from sm_89 on) and E2M1 (Blackwell), to nearest even, at most 448 or 6.
+The twin's mean is PyTorch's, in another order of summation; given one mean, all bits agree. In a GEMM the decoded values are exact,
 and the order of summation is the hardware's own.
 """
 
@@ -30,13 +30,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRET = triton.knobs.runtime.interpret
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 if INTERPRET:
     np.seterr(all="ignore")  # 1 / 0 and infinities are meant
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
 # Tiles. What a program of each kernel takes.
-PART_COLUMNS, PARTS, STAT_COLUMNS = 1024, 128, 32
+PART_ROWS, PART_COLUMNS, PART_PROGRAMS, STAT_COLUMNS = 32, 256, 512, 32
 ROUND_COLUMNS, ROUND_WARPS = 512, 4
 ROUND_TOKENS = 16 if INTERPRET else 4
 GROUP = tl.constexpr(8)  # rows of tiles of a GEMM that share an operand in L2
@@ -172,33 +172,63 @@ def _four(v):
 
 # ------------------------------------------------------------------------------------------------
 # Column statistics. Stage 1: a program adds up one part of the tokens, row after row, each thread
-# its own columns. Stage 2: a program adds the parts of its columns in pairs, and writes the mean
-# and the largest magnitude of the residual in its strip of columns.
+# its own columns. Stage 2: a program adds the parts of its columns in pairs, and writes the mean;
+# the last one to finish knows the largest magnitude of the residual, and makes the table.
 
 
 @triton.jit
-def _column_parts(x, parts, T, m, part_tokens, BLOCK: tl.constexpr):
-    part, j = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    low = tl.full((BLOCK,), float("inf"), tl.float32)
-    high = tl.full((BLOCK,), float("-inf"), tl.float32)
+def _pairs(x, pair, inside):
+    """Pairs of neighbours in a row of x: the even values and the odd, FP32; 0 outside. x points to
+    int32, two BF16, or to int64, two FP32."""
+    v = tl.load(x + pair, mask=inside, other=0)
+    if x.dtype.element_ty == tl.int32:
+        even, odd = v << 16, v & -0x10000
+    else:
+        even, odd = v.to(tl.int32), (v >> 32).to(tl.int32)
+    return _float(even), _float(odd)
+
+
+@triton.jit
+def _column_parts(x, parts, state, T, m, part_tokens, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    strip, part = tl.program_id(0), tl.program_id(1)
+    if strip + part == 0:
+        tl.store(state + tl.arange(0, 2), 0)
+    pair = strip * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+    inside = pair < m // 2
+    zero = tl.zeros((BLOCK // 2, 2), tl.float32)
+    stats = zero, zero + float("inf"), zero + float("-inf")
     start = part * part_tokens
-    row = x + start.to(tl.int64) * m + j
-    for _ in tl.range(start, tl.minimum(start + part_tokens, T), loop_unroll_factor=8):
-        v = tl.load(row, mask=j < m, other=0.0).to(tl.float32)
-        row += m
-        total += v
+    stop = tl.maximum(tl.minimum(start + part_tokens, T), start)
+    row, even = x + start.to(tl.int64) * (m // 2), start + (stop - start) // ROWS * ROWS
+    for _ in range(start, even, ROWS):
+        rows = ()
+        for _ in tl.static_range(ROWS):  # all are under way before the first is needed
+            rows += (tl.join(*_pairs(row, pair, inside)),)
+            row += m // 2
+        for i in tl.static_range(ROWS):
+            stats = _add_row(stats, rows[i])
+    for _ in range(even, stop):
+        stats = _add_row(stats, tl.join(*_pairs(row, pair, inside)))
+        row += m // 2
+    out = parts + part * 3 * m + (2 * pair[:, None] + tl.arange(0, 2)[None, :])
+    for i in tl.static_range(3):
+        tl.store(out + i * m, stats[i], mask=inside[:, None])
+
+
+@triton.jit
+def _add_row(stats, v):
+    total, low, high = stats
+    if INTERPRET:  # elsewhere a minimum drops NaN by itself
         low = tl.minimum(low, tl.where(v == v, v, float("inf")))
         high = tl.maximum(high, tl.where(v == v, v, float("-inf")))
-    out = parts + part * 3 * m + j
-    tl.store(out, total, mask=j < m)
-    tl.store(out + m, low, mask=j < m)
-    tl.store(out + 2 * m, high, mask=j < m)
+    else:
+        low, high = tl.minimum(low, v), tl.maximum(high, v)
+    return total + v, low, high
 
 
 @triton.jit
 def _column_stats(
-    parts, mean, amaxes, T, m,
+    parts, mean, state, table, T, m,
     CENTER: tl.constexpr, PARTS: tl.constexpr, HALVINGS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -218,16 +248,16 @@ def _column_stats(
     else:
         low = -low
     largest = tl.maximum(tl.where(low > 0, low, 0.0), tl.where(high > 0, high, 0.0))  # no NaN
-    tl.store(amaxes + tl.program_id(0), tl.max(largest, axis=0))
+    tl.atomic_max(state, _bits(tl.max(largest, axis=0)))
+    if tl.atomic_add(state + 1, 1) == tl.num_programs(0) - 1:
+        _scale_table(_float(tl.atomic_max(state, 0)), table)
 
 
 @triton.jit
-def _scale_table(amaxes, table, n, N: tl.constexpr):
-    """From n partial amaxes a tensor's table, FP32 (130,): [0] tensor scale, [1] factor from a
-    block's amax to its scale, [2 + byte] factor into [-6, 6] for each scale byte, NaN for NaN's.
-    With it no block needs a division."""
-    i = tl.arange(0, N)
-    amax = tl.max(tl.load(amaxes + i, mask=i < n, other=0.0), axis=0)
+def _scale_table(amax, table):
+    """From a tensor's amax its table, FP32 (130,): [0] tensor scale, [1] factor from a block's amax
+    to its scale, [2 + byte] factor into [-6, 6] for each scale byte, NaN for NaN's. With it no
+    block needs a division."""
     s_enc = tl.minimum(tl.div_rn(2688.0, amax), FP32_MAX)
     s_enc = tl.where((amax == 0) | (s_enc == 0), 1.0, s_enc)
     tl.store(table, tl.div_rn(amax, 2688.0))
@@ -243,18 +273,6 @@ def _scale_table(amaxes, table, n, N: tl.constexpr):
 # features, a few tokens at a time, then, read again from L2, in blocks along tokens. Shapes are
 # chosen so that in both passes a thread holds whole blocks, and threads exchange nothing. EVEN: no
 # tile is cut off.
-
-
-@triton.jit
-def _pairs(x, pair, inside):
-    """Pairs of neighbours in a row of x: the even values and the odd, FP32; 0 outside. x points to
-    int32, two BF16, or to int64, two FP32."""
-    v = tl.load(x + pair, mask=inside, other=0)
-    if x.dtype.element_ty == tl.int32:
-        even, odd = v << 16, v & -0x10000
-    else:
-        even, odd = v.to(tl.int32), (v >> 32).to(tl.int32)
-    return _float(even), _float(odd)
 
 
 @triton.jit
@@ -564,22 +582,21 @@ def _as_pairs(x):
 def statistics(x, center):
     """x (T, m) -> mean (m,) or, not centered, (0,), and the residual's `_scale_table`."""
     T, m = x.shape
-    parts = min(PARTS, triton.next_power_of_2(triton.cdiv(T, 16)))
+    strips, chunks = triton.cdiv(m, PART_COLUMNS), triton.cdiv(T, PART_ROWS)
+    parts = triton.next_power_of_2(min(triton.cdiv(PART_PROGRAMS, strips), chunks))
     partial = x.new_empty((parts, 3, m), dtype=torch.float32)
     mean = x.new_empty(m if center else 0, dtype=torch.float32)
-    amaxes = x.new_empty(triton.cdiv(m, STAT_COLUMNS), dtype=torch.float32)
+    state = x.new_empty(2, dtype=torch.int32)  # bits of the amax, and how many programs are done
     table = x.new_empty(130, dtype=torch.float32)
-    _column_parts[triton.cdiv(m, PART_COLUMNS), parts](
-        x, partial, T, m, part_tokens=triton.cdiv(T, parts), BLOCK=PART_COLUMNS, num_warps=4
-    )
-    _column_stats[(len(amaxes),)](
-        partial, mean, amaxes, T, m,
+    _column_parts[strips, parts](
+        _as_pairs(x), partial, state, T, m, part_tokens=triton.cdiv(chunks, parts) * PART_ROWS,
+        ROWS=PART_ROWS, BLOCK=PART_COLUMNS, num_warps=4, maxnreg=128,  # for all ROWS at once
+    )  # fmt: skip
+    _column_stats[(triton.cdiv(m, STAT_COLUMNS),)](
+        partial, mean, state, table, T, m,
         CENTER=center, PARTS=parts, HALVINGS=parts.bit_length() - 1, BLOCK=STAT_COLUMNS,
         num_warps=8,
     )  # fmt: skip
-    _scale_table[(1,)](
-        amaxes, table, n=len(amaxes), N=triton.next_power_of_2(len(amaxes)), num_warps=4
-    )
     return mean, table
 
 
@@ -598,7 +615,7 @@ def round_residual(x, mean, table, rowwise, columnwise, seeds):
         STOCHASTIC=seeds is not None, CASTS=_casts(),
         EVEN=T % 16 == 0 and m % ROUND_COLUMNS == 0,
         BLOCK=ROUND_COLUMNS, STEP=ROUND_TOKENS,
-        num_warps=ROUND_WARPS, maxnreg=96 if bf16 else 128,  # so that an SM holds 20 warps, 16
+        num_warps=ROUND_WARPS, maxnreg=96 if bf16 else 128,  # an SM holds 20 warps, or 16
     )  # fmt: skip
     return mean, codes, scales, codes_t, scales_t, table[0]
 

@@ -64,9 +64,8 @@ def round_both(x, center=False, seeds=None):
 # Statistics
 
 
-def in_order(x, parts):
+def in_order(x, parts, rows):
     """Column means in the kernel's order, FP32: a part row after row, then the parts in halves."""
-    rows = -(-len(x) // parts)
     total = np.zeros((parts, x.shape[1]), np.float32)
     for i, row in enumerate(x.float().numpy()):
         total[i // rows] += row
@@ -76,14 +75,16 @@ def in_order(x, parts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "cols"), [(1, 16), (15, 48), (16, 32), (100, 1040), (2100, 16)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 16), (15, 48), (32, 32), (100, 1040), (3300, 16)])
 def test_mean_and_amax(rows, cols, dtype):
     x = matrix(rows, cols, dtype)
     mean, table = (t.cpu() for t in kernels.statistics(x.to(DEVICE), True))
-    parts = min(128, 2 ** math.ceil(math.log2(-(-rows // 16))))
-    same(mean, in_order(x, parts))
+    chunks = math.ceil(rows / 32)
+    parts = 2 ** math.ceil(math.log2(min(math.ceil(512 / math.ceil(cols / 256)), chunks)))
+    part_rows = 32 * math.ceil(chunks / parts)
+    same(mean, in_order(x, parts, part_rows))
     # sums of a part's rows, of log2(parts) halves, and one division, each within 2^-24
-    roundings = -(-rows // parts) + math.log2(parts) + 1
+    roundings = part_rows + math.log2(parts) + 1
     error = (mean.double() - x.double().mean(0)).abs()
     assert (error <= roundings * 2.0**-24 * x.double().abs().mean(0)).all()
     amax = (x.float() - mean).abs().max()
@@ -153,14 +154,17 @@ def test_any_place_in_memory():
         same(got, want)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 3e38])
-def test_magnitudes(scale):
-    x = matrix(32, 64) / matrix(32, 64).abs().max() * scale
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-40, 1e-38, 1e-30, 1e30, 3e38])
+def test_magnitudes(scale, dtype):
+    """Subnormals too, which a cast from BF16 would make 0 in the interpreter."""
+    x = (matrix(32, 64) / matrix(32, 64).abs().max() * scale).to(dtype)
     x[:16, :16] = 0
     x[20, 3] = -0.0
-    for seeds in (None, (3, 4)):
-        _, got, want = round_both(x, seeds=seeds)
+    for center, seeds in ((False, None), (False, (3, 4)), (True, None)):
+        mean, got, want = round_both(x, center, seeds)
         same(got, want)
+    same(mean[0], in_order(x, 1, 32))
 
 
 def test_every_e4m3_scale_and_tie():
@@ -493,11 +497,11 @@ def compile_all(arch):
     ("arch", "verbs", "instructions"),  # of rounding an element, and those of the ALU
     [
         (80, ["mma.sync", "bf16.bf16"], {}),
-        (90, ["wgmma", "bf16.bf16"], {"nearest": (34, 17), "stochastic": (50, 25)}),
+        (90, ["wgmma", "bf16.bf16"], {"nearest": (29, 14), "stochastic": (36, 18)}),
         (100, ["tcgen05.mma", "kind::mxf4nvf4.block_scale", "scale_vec::4X"],
-         {"nearest": (20, 20), "stochastic": (50, 50)}),
+         {"nearest": (16, 16), "stochastic": (42, 42)}),
         (120, ["mma.sync", "kind::mxf4nvf4.block_scale", "e2m1.e2m1.f32.ue4m3"],
-         {"nearest": (20, 20), "stochastic": (50, 50)}),
+         {"nearest": (16, 16), "stochastic": (42, 42)}),
     ],
 )  # fmt: skip
 def test_compiles(arch, verbs, instructions):
@@ -505,19 +509,19 @@ def test_compiles(arch, verbs, instructions):
     rounding, or nearly."""
     table = in_a_new_process(functools.partial(compile_all, arch))
     assert {name for name, _ in table} == {
-        "_column_parts", "_column_stats", "_scale_table", "_center_quantize", "_quantize_weight",
-        "_gemm", "_decode_matrix",
+        "_column_parts", "_column_stats", "_center_quantize", "_quantize_weight", "_gemm",
+        "_decode_matrix",
     }  # fmt: skip
     for (name, case), row in table.items():
         assert row["spills"] == 0, (name, case)
         assert row["shared"] <= (227 if arch in (90, 100) else 99) * 1024  # sm_86, sm_120: 99 KB
-        assert row["load"] >= 8 or name == "_scale_table" or case == "odd", (name, case)
+        assert row["load"] >= 8 or name.startswith("_column") or case == "odd", (name, case)
         assert name != "_gemm" or all(v in " ".join(row["tensor cores"]) for v in verbs)
     for case, (total, alu) in instructions.items():
         row = table["_center_quantize", case]
         assert row["loops"] == 0
         assert row["instructions"] <= total and row["ALU"] <= alu, row
-        assert row["registers"] <= 128  # 16 warps on an SM
+        assert row["registers"] <= 96  # 20 warps on an SM
 
 
 def test_bench_runs():
