@@ -20,8 +20,8 @@ order. So Triton's interpreter on a CPU (TRITON_INTERPRET=1), Ampere, Hopper and
 For codes and scales that excludes `/`, which is off by 2 ulp (`div_rn` is not), Triton's casts to
 BF16 and float8, where targets differ, and fused multiply-adds of inexact products. PTX's own casts
 do as fp4.py does: to E4M3 (from sm_89 on) and E2M1 (Blackwell), to nearest even, at most 448 or 6.
-The twin's mean is PyTorch's, in another order of summation; given one mean, all bits agree. In a GEMM the decoded values are exact,
-and the order of summation is the hardware's own.
+The twin's mean is PyTorch's, in another order of summation; given one mean, all bits agree. In a
+GEMM the decoded values are exact, and the order of summation is the hardware's own.
 """
 
 import numpy as np
@@ -276,11 +276,14 @@ def _scale_table(amax, table):
 
 
 @triton.jit
-def _residual(x, mean, pair, inside, CENTER: tl.constexpr, EVEN: tl.constexpr):
-    """`_pairs` of x less those of the mean; 0 outside."""
+def _residual(x, mean, left, pair, inside, CENTER: tl.constexpr, EVEN: tl.constexpr):
+    """`_pairs` of x less those of the mean, or `left` times them; 0 outside."""
     even, odd = _pairs(x, pair, inside)
     if CENTER:
-        even, odd = even - mean[0], odd - mean[1]
+        if left is not None:
+            even, odd = even - left * mean[0], odd - left * mean[1]
+        else:
+            even, odd = even - mean[0], odd - mean[1]
         if not EVEN:
             even, odd = tl.where(inside, even, 0.0), tl.where(inside, odd, 0.0)
     return even, odd
@@ -288,13 +291,13 @@ def _residual(x, mean, pair, inside, CENTER: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _round_rows(
-    x, mean, table, seed, codes, scales, token, feature, T, m,
+    x, mean, left, table, seed, codes, scales, token, feature, T, m,
     CENTER: tl.constexpr, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """In blocks along features: codes (T, m/8), eight a word, scales (T, m/16). A thread takes a
     block, its halves a and b. x and mean point to the tile."""
-    key, mean_a, mean_b = None, None, None
+    key, mean_a, mean_b, part = None, None, None, None
     if STOCHASTIC:
         key = _hash(tl.load(seed).to(tl.uint32, bitcast=True))
     tile = token.to(tl.int64) * (m // 16) + feature // 16
@@ -311,8 +314,10 @@ def _round_rows(
         i = t + row
         inside = (inside_m & (token + i < T)) | EVEN
         pair = (i * (m // 2) + block * 8)[:, None] + four
-        a = _residual(x, mean_a, pair, inside[:, None], CENTER, EVEN)
-        b = _residual(x, mean_b, pair + 4, inside[:, None], CENTER, EVEN)
+        if left is not None:
+            part = tl.load(left + token + i, mask=inside, other=0.0)[:, None]
+        a = _residual(x, mean_a, part, pair, inside[:, None], CENTER, EVEN)
+        b = _residual(x, mean_b, part, pair + 4, inside[:, None], CENTER, EVEN)
         amaxes = tl.max(tl.maximum(_larger(a[0], a[1]), _larger(b[0], b[1])), 1)
         byte, factor, signs = _block_scales(amaxes, table, CASTS)
         offs = i * (m // 16) + block
@@ -325,14 +330,14 @@ def _round_rows(
 
 @triton.jit
 def _round_columns(
-    x, mean, table, seed, codes, scales, token, feature, T, m,
+    x, mean, left, table, seed, codes, scales, token, feature, T, m,
     CENTER: tl.constexpr, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """In blocks along tokens: codes (T/2, m/4), two tokens of 4 features a word, scales (T/16, m).
     A thread takes 4 features. x and mean point to the tile."""
     N: tl.constexpr = BLOCK // 4
-    key, mean_a = None, None
+    key, mean_a, part = None, None, None
     tile = (token // 2).to(tl.int64) * (m // 4) + feature // 4
     codes, first = codes + tile, tile.to(tl.int32)
     quad = tl.arange(0, N)
@@ -343,7 +348,9 @@ def _round_columns(
     r, amaxes = (), tl.zeros((N, 4), tl.int32)
     for i in tl.static_range(16):
         inside = (inside_m & (token + i < T)) | EVEN
-        a = _residual(x, mean_a, i * (m // 2) + pair, inside[:, None], CENTER, EVEN)
+        if left is not None:
+            part = tl.load(left + token + i, mask=token + i < T, other=0.0)
+        a = _residual(x, mean_a, part, i * (m // 2) + pair, inside[:, None], CENTER, EVEN)
         r += (tl.reshape(tl.join(a[0], a[1]), (N, 4)),)
         if i % 2:
             amaxes = tl.maximum(amaxes, _larger(r[i - 1], r[i]))
@@ -376,12 +383,12 @@ def _center_quantize(
         seed_t = seeds + 1
     if COLUMNWISE:
         _round_columns(
-            x, mean, table, seed_t, codes_t, scales_t, token, feature, T, m,
+            x, mean, None, table, seed_t, codes_t, scales_t, token, feature, T, m,
             CENTER, STOCHASTIC, CASTS, EVEN, BLOCK,
         )  # fmt: skip
     if ROWWISE:
         _round_rows(
-            x, mean, table, seeds, codes, scales, token, feature, T, m,
+            x, mean, None, table, seeds, codes, scales, token, feature, T, m,
             CENTER, STOCHASTIC, CASTS, EVEN, BLOCK, STEP,
         )  # fmt: skip
 
@@ -579,23 +586,31 @@ def _as_pairs(x):
     return x.view(-1).view(torch.int32 if x.dtype == torch.bfloat16 else torch.int64)
 
 
-def statistics(x, center):
-    """x (T, m) -> mean (m,) or, not centered, (0,), and the residual's `_scale_table`."""
+def column_parts(x):
+    """x (T, m) -> sum, minimum and maximum of each column in each part of the tokens, FP32
+    (parts, 3, m), minima and maxima without NaN; and the state that `_column_stats` needs."""
     T, m = x.shape
     strips, chunks = triton.cdiv(m, PART_COLUMNS), triton.cdiv(T, PART_ROWS)
     parts = triton.next_power_of_2(min(triton.cdiv(PART_PROGRAMS, strips), chunks))
     partial = x.new_empty((parts, 3, m), dtype=torch.float32)
-    mean = x.new_empty(m if center else 0, dtype=torch.float32)
     state = x.new_empty(2, dtype=torch.int32)  # bits of the amax, and how many programs are done
-    table = x.new_empty(130, dtype=torch.float32)
     _column_parts[strips, parts](
         _as_pairs(x), partial, state, T, m, part_tokens=triton.cdiv(chunks, parts) * PART_ROWS,
         ROWS=PART_ROWS, BLOCK=PART_COLUMNS, num_warps=4, maxnreg=128,  # for all ROWS at once
     )  # fmt: skip
+    return partial, state
+
+
+def statistics(x, center):
+    """x (T, m) -> mean (m,) or, not centered, (0,), and the residual's `_scale_table`."""
+    T, m = x.shape
+    partial, state = column_parts(x)
+    mean = x.new_empty(m if center else 0, dtype=torch.float32)
+    table = x.new_empty(130, dtype=torch.float32)
     _column_stats[(triton.cdiv(m, STAT_COLUMNS),)](
         partial, mean, state, table, T, m,
-        CENTER=center, PARTS=parts, HALVINGS=parts.bit_length() - 1, BLOCK=STAT_COLUMNS,
-        num_warps=8,
+        CENTER=center, PARTS=len(partial), HALVINGS=len(partial).bit_length() - 1,
+        BLOCK=STAT_COLUMNS, num_warps=8,
     )  # fmt: skip
     return mean, table
 
