@@ -17,12 +17,14 @@ cache, 0.5625 written for each direction. A program owns 16 tokens in full: it a
 then rounds strip by strip.
 """
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 
 import fp4
 
-if fp4.KERNELS:
+if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 import fp4
+from experiments.project import project_quantize
 
 SIGNS = 1, 1, -1, 1, -1, -1, 1, -1, -1, -1, 1, 1, -1, 1, -1, -1  # of `rotate_tokens`
 SPLITS = "none", "mean", "project", "svd"
@@ -49,6 +50,12 @@ class Variant:
             raise ValueError(f"{self}: cross_terms need X and D split alike, and nothing else")
         if self.four_over_six and not self.weight_1d:
             raise ValueError(f"{self}: four_over_six needs weight_1d")
+
+    @property
+    def projects(self):
+        """Whether X is split by `project_quantize`, where left is exact in BF16."""
+        more = self.directions > 1 or self.massive or self.hadamard
+        return self.split == "project" and not (more or self.stochastic_x or self.four_over_six)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -172,6 +179,8 @@ def split_quantize(x, variant, split, rowwise, columnwise, seeds, massive=None):
     left, right   (T, k) and (k, m), FP32, or None: see `split_off`
     r             the residual in NVFP4 (T, m), in blocks along features
     r_t           its transpose (m, T), in blocks along tokens"""
+    if split == "project" and variant.projects:
+        return project_quantize(x, rowwise, columnwise)
     changed = variant.hadamard or massive is not None or rounds_otherwise(variant, seeds)
     if split in ("none", "mean") and not changed:
         mean, r, r_t = fp4.center_quantize(x, split == "mean", rowwise, columnwise, seeds)
@@ -291,7 +300,9 @@ class LinearVariant(torch.autograd.Function):
             r_t = fp4.NVFP4(r_codes, r_scales, r_scale, (1, 16))  # Rᵀ~, (m, T)
             column = None
             if mu is not None and (nu is None or variant.split == "project" or variant.massive):
-                column = fp4.mm(d.float().t(), left_x)  # in full, with its part of the cross terms
+                # in full, with its part of the cross terms
+                bf16 = variant.projects and d.dtype == torch.bfloat16
+                column = fp4.mm(d.t(), left_x.bfloat16() if bf16 else left_x)
             elif mu is not None:
                 column = nu.t() * (left_d * left_x).sum()  # (n, 1)
             dtype = torch.float32 if variant.cross_terms else w.dtype

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     fp4 = importlib.import_module("fp4")
     if fp4.KERNELS:
         importlib.import_module("triton.experimental.gluon")  # else the first launch does, too late
+        importlib.import_module("experiments.project")  # it has a kernel of its own
     fp4.KERNELS = None
     del os.environ["TRITON_INTERPRET"]
 

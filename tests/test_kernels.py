@@ -18,6 +18,7 @@ from reference import INF, NAN, backward, in_a_new_process, relative
 import fp4
 from data.shards import write_dataset
 from data.tokenizer import encode, get_encoding
+from experiments import project
 from model import GPT, ModelConfig
 
 kernels = pytest.importorskip("kernels", reason="kernels.py needs Triton")
@@ -196,6 +197,27 @@ def test_nan_and_inf(bad, center, seeds):
             same(scale, r.nan_to_num(0, INF, -INF).abs().max() / torch.tensor(2688.0))
             codes = fp4.unpack(codes.cpu(), axis=1)
             assert (codes[hit.repeat_interleave(16, 1)] == 7).all()
+
+
+@pytest.mark.parametrize("seeds", [None, (7, -8)], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 16), (17, 48), (33, 528), (32, 1024)])
+def test_project_quantize(rows, cols, seeds, on_kernels):
+    """Given the statistics and left, all bits are the twin's; left is X uᵀ in BF16."""
+    seeds = None if seeds is None else torch.tensor(seeds, dtype=torch.int32, device=DEVICE)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = matrix(rows, cols, dtype).to(DEVICE)
+        left, u, *got = project.project_quantize(x, seeds=seeds)
+        mean = kernels.column_parts(x)[0][:, 0].sum(0) / rows
+        want_u, bound = project.direction(mean, x.float().abs().amax(0))
+        same(u[0], want_u)
+        exact = x.double() @ want_u.double()
+        assert ((left[:, 0] - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * exact.abs().max()).all()
+        assert torch.equal(left, left.bfloat16().float())
+        want = project.round_rest(x, left, u, bound, True, True, seeds)
+        same([t for q in got for t in q.tensors()], [t for q in want for t in q.tensors()])
+        _, _, r, nothing = project.project_quantize(x, columnwise=False, seeds=seeds)
+        assert nothing is None
+        same(r.tensors(), got[0].tensors())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -432,6 +454,7 @@ def launches(arch):
     yield "stochastic", kernels.center_quantize, (x, True, True, True, seeds)
     if arch == 90:  # with masks; it takes the compiler long
         yield "odd", kernels.center_quantize, (x[:33, :80], True, True, True, seeds)
+    yield "project", project.project_quantize, (x, True, True, seeds)
     yield "weight", kernels.quantize_weight, (w,)
     yield "fprop", kernels.gemm_fused, (*r, *w_q, *mean, torch.bfloat16)
     yield "dgrad", kernels.gemm_fused, (*r, *w_t, *mean, torch.bfloat16)
@@ -485,6 +508,7 @@ def compile_all(arch):
 
     driver.set_active(Driver())
     JITFunction.run = compile_only
+    fp4.KERNELS = "cpu"
     table = {}
     for case, launcher, args in launches(arch):
         launched.clear()
@@ -509,13 +533,14 @@ def test_compiles(arch, verbs, instructions):
     rounding, or nearly."""
     table = in_a_new_process(functools.partial(compile_all, arch))
     assert {name for name, _ in table} == {
-        "_column_parts", "_column_stats", "_center_quantize", "_quantize_weight", "_gemm",
-        "_decode_matrix",
+        "_column_parts", "_column_stats", "_center_quantize", "_make_table", "_project_quantize",
+        "_quantize_weight", "_gemm", "_decode_matrix",
     }  # fmt: skip
     for (name, case), row in table.items():
         assert row["spills"] == 0, (name, case)
         assert row["shared"] <= (227 if arch in (90, 100) else 99) * 1024  # sm_86, sm_120: 99 KB
-        assert row["load"] >= 8 or name.startswith("_column") or case == "odd", (name, case)
+        narrow = name.startswith(("_column", "_make")) or case == "odd"
+        assert row["load"] >= 8 or narrow, (name, case)
         assert name != "_gemm" or all(v in " ".join(row["tensor cores"]) for v in verbs)
     for case, (total, alu) in instructions.items():
         row = table["_center_quantize", case]
