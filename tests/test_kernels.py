@@ -20,6 +20,7 @@ from data.shards import write_dataset
 from data.tokenizer import encode, get_encoding
 from experiments import project
 from model import GPT, ModelConfig
+from tools import bench
 
 kernels = pytest.importorskip("kernels", reason="kernels.py needs Triton")
 
@@ -556,3 +557,24 @@ def test_bench_runs():
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(" True\n") == 4 and "False" not in result.stdout
     assert re.search(r"^fp4_mean +[\d.]+ +[\d,]+ +- +- +-$", result.stdout, re.MULTILINE)
+
+
+def test_report(tmp_path):
+    """Of tiny sizes; one part that fails or never ends does not stop the others."""
+    command = [sys.executable, "tools/bench.py", "--report", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    parts = dict(re.findall(r"^(\w+) +[\d.]+ s  exit (.*)$", result.stdout, re.MULTILINE))
+    assert {"machine", "kernels", "test_rest"} < set(parts), result.stderr
+    assert set(parts.values()) == {"0"}, parts
+    assert all((tmp_path / f"{name}.log").stat().st_size > 100 for name in parts)
+    junit = (tmp_path / "test_rest.xml").read_text()
+    assert 'failures="0"' in junit and 'tests="0"' not in junit
+
+
+def test_a_report_goes_on(tmp_path, monkeypatch, capsys):
+    """Past a part that is out of time, and one that cannot start."""
+    bench.report(tmp_path, before=None, limit=0)
+    assert capsys.readouterr().out.count("exit out of time") == 4
+    monkeypatch.setattr(bench.sys, "executable", "/bin/false")
+    bench.report(tmp_path, before=tmp_path)
+    assert capsys.readouterr().out.count("exit 1\n") == len(list(tmp_path.glob("*.log"))) == 5
