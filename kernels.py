@@ -721,6 +721,8 @@ def gemm_fused(a, a_scales, b, b_scales, a_scale, b_scale, left, right, dtype):
     BLOCK_M, BLOCK_N, BLOCK_K, warps, stages = tile
     out = a.new_empty((M, N), dtype=dtype)
     bf16, rank_one = dtype == torch.bfloat16, right is not None
+    if rank_one and left is None:
+        left = right.new_ones(1).expand(M)
     _gemm[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
         a, a_scales, b, b_scales, a_scale, b_scale, left, right,
         out.view(torch.uint16) if bf16 else out, M, N, K2,
@@ -752,12 +754,14 @@ def decode(codes, scales):
 
 
 def gemm_cublas(a, a_scales, b, b_scales, a_scale, b_scale, left, right, dtype):
-    """`gemm_op` by cuBLAS, on operands decoded to BF16: 4 bytes an element of each more, and up to
-    16 of the result."""
+    """`gemm_op` by cuBLAS, on operands decoded to BF16: 4 bytes an element of each more, and 8 of
+    the result, or, with left, 16."""
     y = torch.mm(decode(a, a_scales), decode(b, b_scales).t(), out_dtype=torch.float32)
     scale, out = a_scale * b_scale, y if dtype == y.dtype else torch.empty_like(y, dtype=dtype)
     if right is None:
         return torch.mul(y, scale, out=out)
+    if left is None:
+        return torch.addcmul(right, y, scale, out=out)
     return torch.addcmul(y.mul_(scale), left[:, None], right, out=out)
 
 
@@ -770,7 +774,7 @@ def gemm_op(
 
     a, b              codes (M, K/2), (N, K/2); scales, uint8 (., K/16) or (./16, K/16)
     a_scale, b_scale  tensor scales (), FP32
-    left, right       FP32 (M,) and (N,), of any strides, or None
+    left, right       FP32 (M,) and (N,), of any strides, or None; left: None for ones too
     On Blackwell the packed codes are multiplied. Elsewhere they are decoded to BF16, exactly: in
     a pass of its own before cuBLAS, or inside the kernel."""
     with torch.cuda.device_of(a):
@@ -790,9 +794,8 @@ def gemm(a, a_scales, a_scale, b, b_scales, b_scale, left, right, dtype):
         raise ValueError(
             f"codes {tuple(a.shape)}, {tuple(b.shape)}: not packed along the last axis"
         )
-    if right is not None:
-        left = right.new_ones(1, 1).expand(len(a), 1) if left is None else left
-        left, right = left[:, 0], right[0]
+    left = None if left is None else left[:, 0]
+    right = None if right is None else right[0]
     high = dtype if dtype == torch.bfloat16 else torch.float32
     a_scales, b_scales = a_scales.view(torch.uint8), b_scales.view(torch.uint8)
     return gemm_op(a, a_scales, b, b_scales, a_scale, b_scale, left, right, high).to(dtype)

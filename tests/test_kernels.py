@@ -247,11 +247,11 @@ def raw(a, b):
 
 
 @pytest.mark.parametrize("variant", ["gemm_fused", "gemm_cublas"])
-@pytest.mark.parametrize("rank_one", [False, True])
+@pytest.mark.parametrize("part", ["", "row", "outer product"])
 @pytest.mark.parametrize(
     ("tokens", "m", "n"), [(1, 16, 16), (33, 80, 48), (130, 144, 272), (150, 16, 48)]
 )
-def test_gemm(tokens, m, n, rank_one, variant, monkeypatch):
+def test_gemm(tokens, m, n, part, variant, monkeypatch):
     if DEVICE.type == "cpu":
         monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.float() @ b.float())  # no cuBLAS
     if tokens == 150:  # with tiles of 16 x 16 more than a group has
@@ -260,19 +260,19 @@ def test_gemm(tokens, m, n, rank_one, variant, monkeypatch):
     gemm = getattr(kernels, variant)
     for a, b in operands(tokens, m, n):
         p, q = values(*a), values(*b).t()
-        left, right = torch.randn(len(p)), torch.randn(q.shape[1])
-        part = (left.to(DEVICE), right.to(DEVICE)) if rank_one else (None, None)
-        want, size = p @ q, p.abs() @ q.abs()
-        if rank_one:
-            outer = left[:, None].double() * right
-            want, size = want + outer, size + outer.abs()
-        got = gemm(*raw(a, b), *part, torch.float32)
+        left = torch.randn(len(p)) if part == "outer product" else torch.ones(len(p))
+        right = torch.randn(q.shape[1]) if part else torch.zeros(q.shape[1])
+        outer = left[:, None].double() * right
+        want, size = p @ q + outer, p.abs() @ q.abs() + outer.abs()
+        left = left.to(DEVICE) if part == "outer product" else None
+        right = right.to(DEVICE) if part else None
+        got = gemm(*raw(a, b), left, right, torch.float32)
         # K products and sums, each within 2^-24, in any order, and the epilogue; tensor cores
         # truncate sums where FP32 units round
         bound = (p.shape[1] + 4) * 2.0 ** (-24 if DEVICE.type == "cpu" else -22)
         assert ((got.double().cpu() - want).abs() <= bound * size).all()
         if variant == "gemm_fused":
-            same(gemm(*raw(a, b), *part, torch.bfloat16), got.bfloat16())
+            same(gemm(*raw(a, b), left, right, torch.bfloat16), got.bfloat16())
 
 
 def test_left_may_be_expanded_and_dtypes():
