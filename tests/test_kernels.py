@@ -561,7 +561,7 @@ def test_bench_runs():
 
 def test_report(tmp_path):
     """Of tiny sizes; one part that fails or never ends does not stop the others."""
-    command = [sys.executable, "tools/bench.py", "--report", tmp_path]
+    command = [sys.executable, "-m", "tools.bench", "--report", tmp_path]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     parts = dict(re.findall(r"^(\w+) +[\d.]+ s  exit (.*)$", result.stdout, re.MULTILINE))
     assert {"machine", "kernels", "test_rest"} < set(parts), result.stderr

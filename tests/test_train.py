@@ -156,12 +156,12 @@ def assert_same_run(a, b):
     assert_same_tensors(tensors(a), tensors(b))
 
 
-def assert_close_runs(a, b):
+def assert_close_runs(a, b, rel=2e-5):
     """But for mean_share, which is that of what a process rounds at a time."""
     for left, right in zip(metrics(a), metrics(b), strict=True):
         left.pop("mean_share", None)
         right.pop("mean_share", None)
-        assert left == pytest.approx(right, rel=2e-5)
+        assert left == pytest.approx(right, rel=rel)
 
 
 def files(out):
@@ -215,8 +215,8 @@ def test_every_recipe_trains(precision, tiny, tmp_path):
     ("precision", "loss", "val_loss", "tolerance"),
     [
         ("bf16", 2.91206, 2.92442, 2e-4),
-        ("fp4", 2.92548, 2.93551, 2e-3),
-        ("fp4_mean", 2.90597, 2.91601, 2e-3),
+        ("fp4", 2.92409, 2.93355, 2e-3),
+        ("fp4_mean", 2.91029, 2.92079, 2e-3),
     ],
 )
 def test_ten_steps_end_at_a_known_loss(precision, loss, val_loss, tolerance, tiny, tmp_path):
@@ -465,10 +465,11 @@ def test_two_processes_and_micro_steps_train_as_one(one, tiny, tmp_path):
 
 def test_sharded_processes_train_as_whole_ones_and_hold_half(two, tiny, tmp_path):
     """DDP adds in the same order for two processes. The gradient's norm does not, and by its last
-    bits clipping can turn the rounding of a value."""
+    bits clipping can turn the rounding of a value: one such changes a norm by 9e-5 and a loss by
+    6e-7. Other noise changes a loss after ten steps by 1.5e-3."""
     fields = {"max_steps": 4, "vocab_size": 321, "out_dir": tmp_path}
     processes(2, SPY, "--preset", tiny, "--shard", **fields)
-    assert_close_runs(two, tmp_path)
+    assert_close_runs(two, tmp_path, rel=3e-4)
     for rank in "01":
         whole, _ = (two / f"size-{rank}").read_text().split()
         part, units = (tmp_path / f"size-{rank}").read_text().split()

@@ -3,7 +3,7 @@
     python -m tools.bench
     python -m tools.bench --shape 124m --precisions bf16 fp4 fp4_mean fp4_hadamard
     python -m tools.bench --run out/smollm2
-    python tools/bench.py --report out/report     all that a GPU can show, in 8 minutes
+    python -m tools.bench --report out/report     all that a GPU can show, in 8 minutes
 
 First fp4.quantize on a CPU, fused and plain. Then the kernels on a GPU, against what bounds them: a
 copy of the same bytes, and cuBLAS's BF16 product of the same shape. Last whole steps, forward,
@@ -26,12 +26,10 @@ from pathlib import Path
 
 import torch
 
+import fp4
+from model import GPT, ModelConfig
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # for `python tools/bench.py`
-
-import fp4  # noqa: E402
-from model import GPT, ModelConfig  # noqa: E402
-
 SHAPES = {  # of train.py's presets: the model, sequences a micro-step, tokens of one
     "nano": ({}, 16, 128),
     "small": ({"n_layer": 8, "n_head": 8, "n_kv_head": 4, "dim": 512, "ffn_dim": 1536}, 64, 256),
