@@ -82,7 +82,8 @@ def _larger(a, b):
 @triton.jit
 def _block_scales(amaxes, table, CASTS: tl.constexpr):
     """From amaxes of blocks, as their bits: E4M3 bytes, int32; factors into [-6, 6]; and a mask of
-    eight codes' signs, 0 for NaN, whose sign differs between machines. table: `_scale_table`."""
+    eight codes' signs, 0 for NaN, whose sign differs between machines. table: `_scale_table`. The
+    cast takes the place of 13 instructions a block."""
     s = _float(amaxes) * tl.load(table + 1)
     if CASTS >= 1:
         byte = tl.inline_asm_elementwise(
@@ -107,7 +108,11 @@ def _block_scales(amaxes, table, CASTS: tl.constexpr):
 @triton.jit
 def _word(low, high, signs, number, key, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr):
     """Scaled values (N, 4) of low and of high nibbles -> four bytes of codes, int32 (N,), word
-    `number` of the tensor. signs: of `_block_scales`, (N,)."""
+    `number` of the tensor. signs: of `_block_scales`, (N,).
+
+    Codes join the word as `_code` has them, one instruction each, and what they have too much comes
+    off once a word. So do the signs, with three bits of the exponent, which a mask drops at the
+    end. CASTS: see `_casts`."""
     y, z = _four(low), _four(high)
     if CASTS == 2 and not STOCHASTIC:
         word = tl.inline_asm_elementwise(
@@ -269,10 +274,11 @@ def _scale_table(amax, table):
 
 
 # ------------------------------------------------------------------------------------------------
-# Center and quantize. A program takes 16 tokens of its columns, and rounds them in blocks along
-# features, a few tokens at a time, then, read again from L2, in blocks along tokens. Shapes are
-# chosen so that in both passes a thread holds whole blocks, and threads exchange nothing. EVEN: no
-# tile is cut off.
+# Center and quantize. A program takes 16 tokens of its columns. It rounds them in blocks along
+# tokens, with all 16 loads under way at once, and then, read again from cache, in blocks along
+# features, a few tokens at a time. Shapes are chosen so that in both passes a thread holds whole
+# blocks, and threads exchange nothing. EVEN: no tile is cut off. sm_90 needs 27 instructions an
+# element to nearest and 34 stochastically, both directions together.
 
 
 @triton.jit

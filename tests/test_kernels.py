@@ -102,9 +102,7 @@ def test_mean_and_amax(rows, cols, dtype):
 
 @pytest.mark.parametrize("seeds", [None, (2**31 - 1, -8)], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("center", [False, True], ids=["", "center"])
-@pytest.mark.parametrize(
-    ("rows", "cols"), [(1, 16), (16, 16), (17, 48), (33, 528), (100, 80), (32, 1024)]
-)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 16), (16, 16), (17, 48), (33, 528), (32, 1024)])
 def test_center_quantize(rows, cols, center, seeds):
     """The last shape in whole tiles, two across: without masks."""
     others = [torch.float16, torch.float64] if rows == 17 else []
@@ -453,9 +451,9 @@ def launches(arch):
     mean = one, one, one.expand(4096), row
     yield "nearest", kernels.center_quantize, (x, True, True, True, None)
     yield "stochastic", kernels.center_quantize, (x, True, True, True, seeds)
-    if arch == 90:  # with masks; it takes the compiler long
+    if arch == 90:  # they take the compiler long; odd: with masks
         yield "odd", kernels.center_quantize, (x[:33, :80], True, True, True, seeds)
-    yield "project", project.project_quantize, (x, True, True, seeds)
+        yield "project", project.project_quantize, (x, True, True, seeds)
     yield "weight", kernels.quantize_weight, (w,)
     yield "fprop", kernels.gemm_fused, (*r, *w_q, *mean, torch.bfloat16)
     yield "dgrad", kernels.gemm_fused, (*r, *w_t, *mean, torch.bfloat16)
@@ -533,10 +531,11 @@ def test_compiles(arch, verbs, instructions):
     """To tensor cores, wide loads and no spills; and so few instructions that memory bounds the
     rounding, or nearly."""
     table = in_a_new_process(functools.partial(compile_all, arch))
-    assert {name for name, _ in table} == {
-        "_column_parts", "_column_stats", "_center_quantize", "_make_table", "_project_quantize",
-        "_quantize_weight", "_gemm", "_decode_matrix",
+    assert {name for name, _ in table} - {"_make_table", "_project_quantize"} == {
+        "_column_parts", "_column_stats", "_center_quantize", "_quantize_weight", "_gemm",
+        "_decode_matrix",
     }  # fmt: skip
+    assert arch != 90 or ("_project_quantize", "project") in table
     for (name, case), row in table.items():
         assert row["spills"] == 0, (name, case)
         assert row["shared"] <= (227 if arch in (90, 100) else 99) * 1024  # sm_86, sm_120: 99 KB
