@@ -31,8 +31,15 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+device_function = triton.jit  # of what kernels call
 if INTERPRET:
+    from triton.runtime import interpreter
+
     np.seterr(all="ignore")  # 1 / 0 and infinities are meant
+    # It looks for integers that wrap and patches tl at every call: that is half the time each.
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
+    device_function = lambda f: f  # noqa: E731
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
 # Tiles. What a program of each kernel takes.
@@ -54,17 +61,17 @@ CUBLAS = 8, 9  # where codes are decoded for cuBLAS: an H200 (9) is 2 to 3 times
 # Rounding, in registers.
 
 
-@triton.jit
+@device_function
 def _bits(x):
     return x.to(tl.int32, bitcast=True)
 
 
-@triton.jit
+@device_function
 def _float(i):
     return i.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@device_function
 def _hash(i):
     """uint32 -> uint32: fp4.hash32."""
     i = (i ^ (i >> 16)) * 0x7FEB352D
@@ -72,14 +79,14 @@ def _hash(i):
     return i ^ (i >> 16)
 
 
-@triton.jit
+@device_function
 def _larger(a, b):
     """The larger magnitude, as int32 bits, so that NaN is above all numbers. On a GPU a maximum
     drops NaN if not told to keep it, in the interpreter never."""
     return _bits(tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL))
 
 
-@triton.jit
+@device_function
 def _block_scales(amaxes, table, CASTS: tl.constexpr):
     """From amaxes of blocks, as their bits: E4M3 bytes, int32; factors into [-6, 6]; and a mask of
     eight codes' signs, 0 for NaN, whose sign differs between machines. table: `_scale_table`. The
@@ -105,7 +112,7 @@ def _block_scales(amaxes, table, CASTS: tl.constexpr):
     return byte, tl.load(table + 2 + byte), tl.where(byte == 0x7F, 0, 0x88888888).to(tl.uint32)
 
 
-@triton.jit
+@device_function
 def _word(low, high, signs, number, key, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr):
     """Scaled values (N, 4) of low and of high nibbles -> four bytes of codes, int32 (N,), word
     `number` of the tensor. signs: of `_block_scales`, (N,).
@@ -145,13 +152,13 @@ def _word(low, high, signs, number, key, STOCHASTIC: tl.constexpr, CASTS: tl.con
     return word
 
 
-@triton.jit
+@device_function
 def _halves(a, b, STOCHASTIC: tl.constexpr):
     """The 16 bits of two codes, where `_code` has them, as one uint32."""
     return a >> 16 | b & 0xFFFF0000 if STOCHASTIC else a + (b << 16)
 
 
-@triton.jit
+@device_function
 def _code(y, noise, STOCHASTIC: tl.constexpr):
     """Scaled values -> codes 0..7, and 2^23 or, rounded with noise, 128's bits above them, by the
     three lines of fp4.encode. They are compared as integers: Hopper takes the least of three at
@@ -164,7 +171,7 @@ def _code(y, noise, STOCHASTIC: tl.constexpr):
     return tl.minimum(code, 0x4B000007)  # 2^23 + 7
 
 
-@triton.jit
+@device_function
 def _four(v):
     """(N, 4), or (M, N, 2, 2), -> four tensors, in order."""
     if len(v.shape) == 2:
@@ -181,7 +188,7 @@ def _four(v):
 # the last one to finish knows the largest magnitude of the residual, and makes the table.
 
 
-@triton.jit
+@device_function
 def _pairs(x, pair, inside):
     """Pairs of neighbours in a row of x: the even values and the odd, FP32; 0 outside. x points to
     int32, two BF16, or to int64, two FP32."""
@@ -220,7 +227,7 @@ def _column_parts(x, parts, state, T, m, part_tokens, ROWS: tl.constexpr, BLOCK:
         tl.store(out + i * m, stats[i], mask=inside[:, None])
 
 
-@triton.jit
+@device_function
 def _add_row(stats, v):
     total, low, high = stats
     if INTERPRET:  # elsewhere a minimum drops NaN by itself
@@ -258,7 +265,7 @@ def _column_stats(
         _scale_table(_float(tl.atomic_max(state, 0)), table)
 
 
-@triton.jit
+@device_function
 def _scale_table(amax, table):
     """From a tensor's amax its table, FP32 (130,): [0] tensor scale, [1] factor from a block's amax
     to its scale, [2 + byte] factor into [-6, 6] for each scale byte, NaN for NaN's. With it no
@@ -281,7 +288,7 @@ def _scale_table(amax, table):
 # element to nearest and 34 stochastically, both directions together.
 
 
-@triton.jit
+@device_function
 def _residual(x, mean, left, pair, inside, CENTER: tl.constexpr, EVEN: tl.constexpr):
     """`_pairs` of x less those of the mean, or `left` times them; 0 outside."""
     even, odd = _pairs(x, pair, inside)
@@ -295,7 +302,7 @@ def _residual(x, mean, left, pair, inside, CENTER: tl.constexpr, EVEN: tl.conste
     return even, odd
 
 
-@triton.jit
+@device_function
 def _round_rows(
     x, mean, left, table, seed, codes, scales, token, feature, T, m,
     CENTER: tl.constexpr, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr, EVEN: tl.constexpr,
@@ -334,7 +341,7 @@ def _round_rows(
         tl.store(scales + offs, byte.to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@device_function
 def _round_columns(
     x, mean, left, table, seed, codes, scales, token, feature, T, m,
     CENTER: tl.constexpr, STOCHASTIC: tl.constexpr, CASTS: tl.constexpr, EVEN: tl.constexpr,
@@ -441,7 +448,7 @@ def _quantize_weight(
 # part: in fprop and dgrad a column of ones times a row, in wgrad the rank-one update.
 
 
-@triton.jit
+@device_function
 def _decode_scale(byte):
     """E4M3 bytes 0 to 126, int32 -> FP32."""
     subnormal = _float(byte | 0x4B000000) - 8388608.0  # 0x4B000000 is 2^23: (2^23 + byte) - 2^23
@@ -449,7 +456,7 @@ def _decode_scale(byte):
     return tl.where(byte < 8, subnormal * 0.001953125, normal)  # 2^-9
 
 
-@triton.jit
+@device_function
 def _decode(codes, scales, M: tl.constexpr, K2: tl.constexpr, DTYPE: tl.constexpr):
     """Codes (M, K2), scale bytes (M, K2/8) -> values of the even and of the odd elements (M, K2).
     E2M1's three bits, put across FP16's exponent and mantissa, are its value times 2^-14."""
@@ -462,7 +469,7 @@ def _decode(codes, scales, M: tl.constexpr, K2: tl.constexpr, DTYPE: tl.constexp
     return (even.to(tl.float32) * s).to(DTYPE), (odd.to(tl.float32) * s).to(DTYPE)
 
 
-@triton.jit
+@device_function
 def _load_nvfp4(
     codes, scales, offs_m, k, K2, stride_m, stride_k, scale_stride_m, scale_stride_k,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
@@ -479,7 +486,7 @@ def _load_nvfp4(
     return tl.load(codes, mask=inside, other=0), tl.load(scales, mask=inside_s, other=0)
 
 
-@triton.jit
+@device_function
 def _bf16_bits(x):
     """FP32 -> BF16 as uint16, ties to even; the interpreter's cast truncates."""
     i = x.to(tl.uint32, bitcast=True)
