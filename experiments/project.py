@@ -90,14 +90,15 @@ def project_quantize(x, rowwise=True, columnwise=True, seeds=None):
     _, codes, scales, codes_t, scales_t, _ = kernels._like_center_quantize(
         x, False, rowwise, columnwise, seeds
     )
+    even = T % 16 == 0 and m % kernels.ROUND_COLUMNS == 0
     _make_table[(1,)](bound, table)
     _project_quantize[(triton.cdiv(T, 16),)](
         _as_pairs(x), u.view(torch.int64), left, table, seeds,
         codes.view(torch.int32), scales, codes_t.view(torch.int32), scales_t, T, m,
         ROWWISE=rowwise, COLUMNWISE=columnwise, STOCHASTIC=seeds is not None, CASTS=_casts(),
-        EVEN=T % 16 == 0 and m % kernels.ROUND_COLUMNS == 0,
+        EVEN=even,
         BLOCK=kernels.ROUND_COLUMNS, STEP=kernels.ROUND_TOKENS, num_warps=kernels.ROUND_WARPS,
-        maxnreg=128 if kernels._major_version() == 9 else None,  # elsewhere some cases spill
+        maxnreg=128 if even and kernels._major_version() == 9 else None,  # elsewhere it would spill
     )  # fmt: skip
     e4m3 = torch.float8_e4m3fn
     r = fp4.NVFP4(codes, scales.view(e4m3), table[0], (1, 16)) if rowwise else None

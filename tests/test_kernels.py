@@ -77,7 +77,7 @@ def in_order(x, parts, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "cols"), [(1, 16), (15, 48), (32, 32), (100, 1040), (3300, 16)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 16), (15, 48), (32, 32), (100, 1040), (1100, 16)])
 def test_mean_and_amax(rows, cols, dtype):
     x = matrix(rows, cols, dtype)
     mean, table = (t.cpu() for t in kernels.statistics(x.to(DEVICE), True))
@@ -449,7 +449,8 @@ def launches(arch):
     w_q, w_t = (byte(1024, 512), byte(64, 64)), (byte(512, 1024).t(), byte(64, 64).t())
     odd = byte(33, 40), byte(33, 5), byte(48, 40), byte(3, 5)
     mean = one, one, one.expand(4096), row
-    yield "nearest", kernels.center_quantize, (x, True, True, True, None)
+    if arch != 80:
+        yield "nearest", kernels.center_quantize, (x, True, True, True, None)
     yield "stochastic", kernels.center_quantize, (x, True, True, True, seeds)
     if arch == 90:  # it takes the compiler long
         yield "project", project.project_quantize, (x[:33, :80], True, True, seeds)  # with masks
@@ -548,15 +549,6 @@ def test_compiles(arch, verbs, instructions):
         assert row["registers"] <= 96  # 20 warps on an SM
 
 
-def test_bench_runs():
-    flags = "--device=cpu", "--rounds=1", "--batch-size=1", "--length=16", "--precisions=fp4_mean"
-    command = [sys.executable, "-m", "tools.bench", *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count(" True\n") == 4 and "False" not in result.stdout
-    assert re.search(r"^fp4_mean +[\d.]+ +[\d,]+ +- +- +-$", result.stdout, re.MULTILINE)
-
-
 def test_report(tmp_path):
     """Of tiny sizes; one part that fails or never ends does not stop the others."""
     command = [sys.executable, "-m", "tools.bench", "--report", tmp_path]
@@ -565,6 +557,9 @@ def test_report(tmp_path):
     assert {"machine", "kernels", "test_rest"} < set(parts), result.stderr
     assert set(parts.values()) == {"0"}, parts
     assert all((tmp_path / f"{name}.log").stat().st_size > 100 for name in parts)
+    said = (tmp_path / "steps_nano.log").read_text()
+    assert said.count(" True\n") == 4 and "False" not in said  # fused and plain are the same
+    assert re.search(r"^fp4_mean +[\d.]+ +[\d,]+ +- +- +-$", said, re.MULTILINE)
     junit = (tmp_path / "test_rest.xml").read_text()
     assert 'failures="0"' in junit and 'tests="0"' not in junit
 

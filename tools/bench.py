@@ -259,7 +259,7 @@ def report(folder, before, limit=480):
     folder.mkdir(parents=True, exist_ok=True)
     bench = [sys.executable, "-m", "tools.bench"]
     alone = "compiles_once", "operators", "model_step", "on_the_gpu"  # once failed, nobody saw why
-    rest = " and ".join(f"not {name}" for name in (*alone, "compiles", "bench", "interpreter"))
+    rest = " and ".join(f"not {name}" for name in (*alone, "compiles", "report", "interpreter"))
     if not GPU:
         alone, rest = (), "bf16_rounding"
     shapes = ("124m", "small") if GPU else ("nano",)
@@ -272,7 +272,8 @@ def report(folder, before, limit=480):
     for compiled in ([], ["--compile"] if GPU else []):
         for shape in shapes:
             flags = ["--shape", shape, "--precisions", *recipes, *tiny, *compiled]
-            parts["_".join(["steps", shape, *compiled])] = [*bench, "--only", "steps", *flags]
+            only = ["--only", "steps"] if GPU else []
+            parts["_".join(["steps", shape, *compiled])] = [*bench, *only, *flags]
     start, clocks = time.monotonic(), None
     if shutil.which("nvidia-smi"):
         query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
