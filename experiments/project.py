@@ -21,6 +21,7 @@ import importlib.util
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import fp4
 
@@ -80,30 +81,48 @@ def project_quantize(x, rowwise=True, columnwise=True, seeds=None):
         u, bound = direction(mean, largest)
         left = bf16(fp4.mm(x, u[:, None]))
         return left, u[None], *round_rest(x, left, u[None], bound, rowwise, columnwise, seeds)
+    left, u, codes, scales, codes_t, scales_t, tensor_scale = project_quantize_op(
+        x, rowwise, columnwise, seeds
+    )
+    e4m3 = torch.float8_e4m3fn
+    r = fp4.NVFP4(codes, scales.view(e4m3), tensor_scale, (1, 16))
+    r_t = fp4.NVFP4(codes_t.t(), scales_t.view(e4m3).t(), tensor_scale, (1, 16))
+    return left[:, None], u[None], r if rowwise else None, r_t if columnwise else None
+
+
+@torch.library.custom_op("nanofp4::project_quantize", mutates_args=())
+def project_quantize_op(
+    x: Tensor, rowwise: bool, columnwise: bool, seeds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (T, m) -> left (T,), u (m,), and what `kernels.center_quantize_op` returns of the rest."""
     x = x.contiguous()
     T, m = x.shape
-    partial, _ = kernels.column_parts(x)
-    mean = partial[:, 0].sum(0) / T
-    largest = torch.maximum(-partial[:, 1].amin(0), partial[:, 2].amax(0)).clamp(min=0)
-    u, bound = direction(mean, largest)
-    left, table = (x.new_empty(n, dtype=torch.float32) for n in (T, 130))
-    _, codes, scales, codes_t, scales_t, _ = kernels._like_center_quantize(
-        x, False, rowwise, columnwise, seeds
+    left, _, codes, scales, codes_t, scales_t, _ = _like_project_quantize(
+        x, rowwise, columnwise, seeds
     )
-    even = T % 16 == 0 and m % kernels.ROUND_COLUMNS == 0
-    _make_table[(1,)](bound, table)
-    _project_quantize[(triton.cdiv(T, 16),)](
-        _as_pairs(x), u.view(torch.int64), left, table, seeds,
-        codes.view(torch.int32), scales, codes_t.view(torch.int32), scales_t, T, m,
-        ROWWISE=rowwise, COLUMNWISE=columnwise, STOCHASTIC=seeds is not None, CASTS=_casts(),
-        EVEN=even,
-        BLOCK=kernels.ROUND_COLUMNS, STEP=kernels.ROUND_TOKENS, num_warps=kernels.ROUND_WARPS,
-        maxnreg=128 if even and kernels._major_version() == 9 else None,  # elsewhere it would spill
-    )  # fmt: skip
-    e4m3 = torch.float8_e4m3fn
-    r = fp4.NVFP4(codes, scales.view(e4m3), table[0], (1, 16)) if rowwise else None
-    r_t = fp4.NVFP4(codes_t.t(), scales_t.view(e4m3).t(), table[0], (1, 16))
-    return left[:, None], u[None], r, r_t if columnwise else None
+    with torch.cuda.device_of(x):  # where Triton launches
+        partial, _ = kernels.column_parts(x)
+        largest = torch.maximum(-partial[:, 1].amin(0), partial[:, 2].amax(0)).clamp(min=0)
+        u, bound = direction(partial[:, 0].sum(0) / T, largest)
+        table = x.new_empty(130, dtype=torch.float32)
+        _make_table[(1,)](bound, table)
+        even = T % 16 == 0 and m % kernels.ROUND_COLUMNS == 0
+        _project_quantize[(triton.cdiv(T, 16),)](
+            _as_pairs(x), u.view(torch.int64), left, table, seeds,
+            codes.view(torch.int32), scales, codes_t.view(torch.int32), scales_t, T, m,
+            ROWWISE=rowwise, COLUMNWISE=columnwise, STOCHASTIC=seeds is not None, CASTS=_casts(),
+            EVEN=even, BLOCK=kernels.ROUND_COLUMNS, STEP=kernels.ROUND_TOKENS,
+            num_warps=kernels.ROUND_WARPS,
+            maxnreg=128 if even and kernels._major_version() == 9 else None,  # else it would spill
+        )  # fmt: skip
+    return left, u, codes, scales, codes_t, scales_t, table[0]
+
+
+@project_quantize_op.register_fake
+def _like_project_quantize(x, rowwise, columnwise, seeds):
+    left = x.new_empty(x.shape[0], dtype=torch.float32)
+    u, *rest = kernels._like_center_quantize(x, True, rowwise, columnwise, seeds)
+    return left, u, *rest
 
 
 def direction(mean, largest):

@@ -363,6 +363,7 @@ def test_operators_are_registered_right():
     x, seeds = matrix(33, 48).to(DEVICE), torch.tensor([1, 2], dtype=torch.int32, device=DEVICE)
     for args in ((x, True, True, True, seeds), (x.bfloat16(), False, False, True, None)):
         torch.library.opcheck(kernels.center_quantize_op, args, test_utils=checks)
+        torch.library.opcheck(project.project_quantize_op, (x, *args[2:]), test_utils=checks)
     w = matrix(32, 48).to(DEVICE)
     torch.library.opcheck(kernels.quantize_weight_op, (w,), test_utils=checks)
     args = *raw(*operands(20, 32, 48)[2]), None, None, torch.bfloat16
