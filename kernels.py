@@ -31,15 +31,12 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-device_function = triton.jit  # of what kernels call
 if INTERPRET:
     from triton.runtime import interpreter
 
     np.seterr(all="ignore")  # 1 / 0 and infinities are meant
-    # It looks for integers that wrap and patches tl at every call: that is half the time each.
-    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)  # integers wrap, as is meant
     interpreter.interpreter_builder.options = options
-    device_function = lambda f: f  # noqa: E731
 FP32_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 
 # Tiles. What a program of each kernel takes.
@@ -59,6 +56,11 @@ CUBLAS = 8, 9  # where codes are decoded for cuBLAS: an H200 (9) is 2 to 3 times
 
 # ------------------------------------------------------------------------------------------------
 # Rounding, in registers.
+
+
+def device_function(f):
+    """What kernels call. The interpreter would patch tl at every call, for half of its time."""
+    return f if INTERPRET else triton.jit(f)
 
 
 @device_function

@@ -269,7 +269,7 @@ def report(folder, before, limit=480):
     for name in alone:
         parts[f"test_{name}"] = ["-k", name]
     parts |= {"kernels": [*bench, "--only", "kernels"], "test_rest": ["-k", rest]}
-    for compiled in ([], ["--compile"] if GPU else []):
+    for compiled in ([], ["--compile"]) if GPU else ([],):
         for shape in shapes:
             flags = ["--shape", shape, "--precisions", *recipes, *tiny, *compiled]
             only = ["--only", "steps"] if GPU else []
